@@ -1,0 +1,80 @@
+"""Configuration: msgspec Structs read from TOML, every key overridable by an environment variable.
+
+    [listen]
+    port = 8080          <->      ROUTER__LISTEN__PORT=8080
+
+Does not read files or the environment: the caller hands both in.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from core.errors import ConfigError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def load_settings(kind: type[T], text: str, environ: Mapping[str, str], *, prefix: str, where: str) -> T:
+    """Parse `text` (TOML), lay `PREFIX__SECTION__KEY` variables over it, convert to `kind`.
+
+    Raises ConfigError, one sentence: which key, what is wrong, where it came from.
+    """
+    try:
+        tree: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}.") from error
+    sources = _overlay(tree, environ, prefix)
+    try:
+        return msgspec.convert(tree, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), sources, where)) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listen address can be reached from this machine only."""
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def _overlay(tree: dict[str, Any], environ: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Write overrides into `tree`; return {"section.key": variable} for error messages."""
+    sources: dict[str, str] = {}
+    for variable in sorted(environ):
+        if not variable.startswith(prefix + "__"):
+            continue
+        path = [part.lower() for part in variable.split("__")[1:]]
+        if len(path) != 2 or not all(path):
+            raise ConfigError(f"The environment variable {variable} is not of the form {prefix}__SECTION__KEY.")
+        section, key = path
+        table = tree.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"The environment variable {variable} overrides [{section}], which is not a section.")
+        table[key] = _value(environ[variable])
+        sources[f"{section}.{key}"] = variable
+    return sources
+
+
+def _value(text: str) -> Any:
+    """Arrays, tables and quoted strings as TOML; anything else stays text and is converted by type."""
+    if text[:1] in "[{\"'" and text:
+        try:
+            return tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            return text
+    return text
+
+
+def _explain(message: str, sources: dict[str, str], where: str) -> str:
+    """msgspec says "... - at `$.listen.port`"; turn that into a sentence with the key and its source."""
+    problem, _, path = message.partition(" - at `$")
+    key = path.rstrip("`").lstrip(".")
+    unknown = problem.removeprefix("Object contains unknown field `")
+    if unknown != problem:
+        name = unknown.rstrip("`")
+        key = f"{key}.{name}" if key else name
+        return f"{sources.get(key, where)} sets {key!r}, which is not a known key; remove it or check its spelling."
+    return f"{sources.get(key, where)} sets {key or 'the file'!r} to something unusable: {problem}."

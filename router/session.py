@@ -1,0 +1,263 @@
+"""The session: the state machine of one response, from dispatch to its terminal event.
+
+    waiting --assign(node)--> streaming --Done/Failed/cancel/lost--> ended
+       ^                          |
+       +---- node lost, epoch+1 --+
+
+Events and an `Instant` go in, effects come out; the caller carries them out in order. Does not know
+sockets, the store, how a node is chosen or what clients speak (`router/api` translates the events).
+
+Fencing: every frame names its epoch; frames of another epoch, or after the end, are dropped and counted.
+Order: a row's `seq` must be the number of ids already taken; ids seen before are dropped, a gap is an error.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+
+from core.conversation import Item
+from core.errors import EdgechatError, NodeLost, NoNodeAvailable
+from core.frames import Cancel, Delta, Done, Failed, Generate, Progress, Row, Sampling, Started, Usage
+from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog
+
+MAX_DISPATCHES = 3
+DEFAULT_MAX_OUTPUT_TOKENS = 4096
+
+
+class Instant(NamedTuple):
+    """Both clocks at once: `mono_s` for durations (never jumps), `unix_s` for what people read."""
+
+    mono_s: float
+    unix_s: int
+
+
+# -- effects -----------------------------------------------------------------------------------
+
+
+class SendNode(msgspec.Struct, frozen=True):
+    """Send a frame over the link of `node`."""
+
+    node: str
+    frame: Generate | Cancel
+
+
+class NeedNode(msgspec.Struct, frozen=True):
+    """Choose a node that serves `release`, none of `exclude`; answer with `assign`."""
+
+    release: str
+    exclude: frozenset[str]
+
+
+class Deliver(msgspec.Struct, frozen=True):
+    """Client events for every reader, in order."""
+
+    events: list[Event]
+
+
+class Serving(msgspec.Struct, frozen=True):
+    """From now on `node` answers (the `edgechat:node` extension)."""
+
+    node: str
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """The node has read `computed` of `total` prompt tokens (the `edgechat:progress` extension)."""
+
+    computed: int
+    total: int
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The session is over; keep it if the request said `store`, then forget the session."""
+
+    record: RequestRecord
+    ids: list[int]
+    deltas: list[list[Delta]]
+    end: EndRecord
+
+
+Effect: TypeAlias = SendNode | NeedNode | Deliver | Serving | Reading | Finished
+NodeFrame: TypeAlias = Started | Progress | Row | Done | Failed
+
+
+class Session:
+    """Invariants: at most one node is responsible at a time, under the current `epoch`; every id in
+    `ids` has been turned into events exactly once; exactly one `Finished` is ever returned, last.
+
+    items: the whole conversation to be rendered, instructions and history included.
+    orphan_grace_s: how long a stored response goes on without a reader.
+    """
+
+    def __init__(self, record: RequestRecord, items: list[Item], *, cache_salt: str, orphan_grace_s: float) -> None:
+        self.record = record
+        self.items = items
+        self.log = StreamLog(record)
+        self.ids: list[int] = []
+        self.deltas: list[list[Delta]] = []
+        self.epoch = 0
+        self.node: str | None = None
+        self.dropped_frames = 0
+        self.input_tokens = 0
+        self.cached_tokens = 0
+        self._cache_salt = cache_salt
+        self._orphan_grace_s = orphan_grace_s
+        self._excluded: set[str] = set()
+        self._readers = 1
+        self._orphaned_at_s: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.log.closed
+
+    @property
+    def wake_at_s(self) -> float | None:
+        """When (monotonic) `on_time` must be called, or None."""
+        if self.ended or self._orphaned_at_s is None:
+            return None
+        return self._orphaned_at_s + self._orphan_grace_s
+
+    # -- dispatch ------------------------------------------------------------------------------
+
+    def start(self, node: str, now: Instant) -> list[Effect]:
+        """Begin on a node that was chosen before the response was promised to the client."""
+        return [Deliver(self.log.open()), *self.assign(node, now)]
+
+    def assign(self, node: str | None, now: Instant) -> list[Effect]:
+        """The answer to `NeedNode`; None = there is none, which ends the response retryably."""
+        if self.ended:
+            return []
+        if node is None:
+            return self._fail(NoNodeAvailable(self.record.request.model), now)
+        self.node = node
+        self.epoch += 1
+        return [SendNode(node, self._generate()), Serving(node)]
+
+    def on_node_lost(self, node: str, now: Instant) -> list[Effect]:
+        """The link of `node` broke or its engine died under this stream: another node continues by ids."""
+        if self.ended or node != self.node:
+            return []
+        self.node = None
+        self._excluded.add(node)
+        if self.epoch >= MAX_DISPATCHES:
+            return self._fail(NodeLost(node), now)
+        return [NeedNode(self.record.release, frozenset(self._excluded))]
+
+    def _generate(self) -> Generate:
+        request = self.record.request
+        return Generate(
+            stream=self.record.id,
+            epoch=self.epoch,
+            release=self.record.release,
+            items=self.items,
+            output_ids=list(self.ids),
+            seed=self.record.seed,
+            sampling=Sampling(request.temperature, request.top_p, request.top_k),
+            stop=request.stop,
+            max_output_tokens=request.max_output_tokens or DEFAULT_MAX_OUTPUT_TOKENS,
+            tools=request.tools,
+            truncation=request.truncation,
+            cache_salt=self._cache_salt,
+        )
+
+    # -- what the node says --------------------------------------------------------------------
+
+    def on_frame(self, node: str, frame: NodeFrame, now: Instant) -> list[Effect]:
+        """A frame about this stream from `node`."""
+        if self.ended or node != self.node or frame.epoch != self.epoch:
+            self.dropped_frames += 1
+            return []
+        match frame:
+            case Started():
+                self.input_tokens, self.cached_tokens = frame.input_tokens, frame.cached_tokens
+                return []
+            case Progress():
+                return [Reading(frame.computed, frame.total)]
+            case Row():
+                return self._on_row(frame, now)
+            case Done():
+                return self._on_done(frame, now)
+            case Failed():
+                return self._on_failed(node, frame, now)
+
+    def _on_row(self, row: Row, now: Instant) -> list[Effect]:
+        known = len(self.ids) - row.seq
+        if known < 0 or len(row.ids) != len(row.deltas):
+            gap = EdgechatError(f"The node {self.node!r} skipped output ids; send the request again.")
+            return self._fail(gap, now)
+        ids, deltas = row.ids[known:], row.deltas[known:]
+        if not ids:
+            return []
+        self.ids.extend(ids)
+        self.deltas.extend(deltas)
+        events = self.log.extend(ids, deltas)
+        return [Deliver(events)] if events else []
+
+    def _on_done(self, done: Done, now: Instant) -> list[Effect]:
+        match done.finish:
+            case "stop":
+                end = EndRecord(status="completed", completed_at=now.unix_s, usage=done.usage)
+            case "length":
+                reason = "max_output_tokens"
+                end = EndRecord(status="incomplete", completed_at=now.unix_s, reason=reason, usage=done.usage)
+            case "cancelled":
+                end = EndRecord(status="cancelled", completed_at=now.unix_s, usage=done.usage)
+        return self._end(end)
+
+    def _on_failed(self, node: str, failed: Failed, now: Instant) -> list[Effect]:
+        if failed.retryable and failed.code in {"engine_lost", "overloaded", "draining"}:
+            return self.on_node_lost(node, now)
+        failure = Failure(failed.code, failed.message, failed.retryable)
+        return self._end(EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage()))
+
+    # -- what the client does ------------------------------------------------------------------
+
+    def on_cancel(self, now: Instant) -> list[Effect]:
+        """The client wants no more: what there is stays, the status is `cancelled`."""
+        if self.ended:
+            return []
+        stop = self._stop_node()
+        return [*stop, *self._end(EndRecord(status="cancelled", completed_at=now.unix_s, usage=self._usage()))]
+
+    def on_reader_joined(self) -> None:
+        self._readers += 1
+        self._orphaned_at_s = None
+
+    def on_reader_left(self, now: Instant) -> list[Effect]:
+        """The last reader's leaving cancels, at once or (stored) after `orphan_grace_s`."""
+        self._readers -= 1
+        if self._readers > 0 or self.ended:
+            return []
+        if not self.record.request.store:
+            return self.on_cancel(now)
+        self._orphaned_at_s = now.mono_s
+        return []
+
+    def on_time(self, now: Instant) -> list[Effect]:
+        """Call when `wake_at_s` has come."""
+        wake_at_s = self.wake_at_s
+        if wake_at_s is None or now.mono_s < wake_at_s:
+            return []
+        stop = self._stop_node()
+        reason = "abandoned"
+        end = EndRecord(status="incomplete", completed_at=now.unix_s, reason=reason, usage=self._usage())
+        return [*stop, *self._end(end)]
+
+    # -- ends ----------------------------------------------------------------------------------
+
+    def _stop_node(self) -> list[Effect]:
+        return [] if self.node is None else [SendNode(self.node, Cancel(self.record.id, self.epoch))]
+
+    def _usage(self) -> Usage:
+        return Usage(self.input_tokens, self.cached_tokens, len(self.ids))
+
+    def _fail(self, error: EdgechatError, now: Instant) -> list[Effect]:
+        failure = Failure(error.code, error.message, error.retryable)
+        stop = self._stop_node()
+        return [*stop, *self._end(EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage()))]
+
+    def _end(self, end: EndRecord) -> list[Effect]:
+        self.node = None
+        events = self.log.close(end)
+        return [Deliver(events), Finished(self.record, self.ids, self.deltas, end)]
