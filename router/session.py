@@ -104,6 +104,7 @@ class Session:
         self._cache_salt = cache_salt
         self._orphan_grace_s = orphan_grace_s
         self._excluded: set[str] = set()
+        self._lost = ""
         self._readers = 1
         self._orphaned_at_s: float | None = None
 
@@ -129,7 +130,8 @@ class Session:
         if self.ended:
             return []
         if node is None:
-            return self._fail(NoNodeAvailable(self.record.request.model), now)
+            gone = NodeLost(self._lost) if self._lost else NoNodeAvailable(self.record.request.model)
+            return self._fail(gone, now)
         self.node = node
         self.epoch += 1
         return [SendNode(node, self._generate()), Serving(node)]
@@ -139,6 +141,7 @@ class Session:
         if self.ended or node != self.node:
             return []
         self.node = None
+        self._lost = node
         self._excluded.add(node)
         if self.epoch >= MAX_DISPATCHES:
             return self._fail(NodeLost(node), now)
@@ -239,10 +242,7 @@ class Session:
         wake_at_s = self.wake_at_s
         if wake_at_s is None or now.mono_s < wake_at_s:
             return []
-        stop = self._stop_node()
-        reason = "abandoned"
-        end = EndRecord(status="incomplete", completed_at=now.unix_s, reason=reason, usage=self._usage())
-        return [*stop, *self._end(end)]
+        return self.on_cancel(now)
 
     # -- ends ----------------------------------------------------------------------------------
 
