@@ -55,12 +55,13 @@ def _item(element: object, where: str) -> Item:
     match kind:
         case "message":
             role = element.get("role")
-            if role not in _ROLES:
+            if not isinstance(role, str) or role not in _ROLES:
                 raise RequestError(f"`{where}.role` must be one of {', '.join(sorted(_ROLES))}.", param=f"{where}.role")
             phase = element.get("phase")
-            return Item("message", role, text_of(element.get("content"), where), phase=phase if isinstance(phase, str) else "")
+            text = text_of(element.get("content"), f"{where}.content")
+            return Item("message", role, text, phase=phase if isinstance(phase, str) else "")
         case "reasoning":
-            return Item("reasoning", "assistant", text_of(element.get("content") or "", where))
+            return Item("reasoning", "assistant", text_of(element.get("content") or "", f"{where}.content"))
         case "function_call":
             return Item(
                 "function_call",
@@ -70,10 +71,12 @@ def _item(element: object, where: str) -> Item:
                 call_id=_string(element, "call_id", where),
             )
         case "function_call_output":
-            output = element.get("output")
-            return Item("function_call_output", "tool", text_of(output, where), call_id=_string(element, "call_id", where))
+            output = text_of(element.get("output"), f"{where}.output")
+            return Item("function_call_output", "tool", output, call_id=_string(element, "call_id", where))
         case _:
-            raise RequestError(f"`{where}.type` is {kind!r}, which is not an item type that is served here.", param=where)
+            raise RequestError(
+                f"`{where}.type` is {kind!r:.60}, which is not an item type that is served here.", param=where
+            )
 
 
 def _string(element: dict[str, Any], key: str, where: str) -> str:
@@ -84,20 +87,23 @@ def _string(element: dict[str, Any], key: str, where: str) -> str:
 
 
 def text_of(content: object, where: str) -> str:
-    """Content as text: a string, or a list of text parts; raises RequestError for anything else."""
+    """Content as text: a string, or a list of text parts; raises RequestError naming the field `where`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RequestError(f"`{where}.content` must be a string or a list of parts.", param=f"{where}.content")
+        raise RequestError(f"`{where}` must be a string or a list of parts.", param=where)
     texts: list[str] = []
     for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in _OTHER_PARTS:
-            raise RequestError(
-                f"`{where}.content[{index}]` is {kind!r}; this deployment takes text only.", param=f"{where}.content"
-            )
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind not in _TEXT_PARTS or not isinstance(text, str):
-            raise RequestError(f"`{where}.content[{index}]` must be a text part.", param=f"{where}.content")
-        texts.append(text)
+        texts.append(_text_of_part(part, f"{where}[{index}]"))
     return "".join(texts)
+
+
+def _text_of_part(part: object, where: str) -> str:
+    fields = part if isinstance(part, dict) else {}
+    kind = fields.get("type")
+    if isinstance(kind, str) and kind in _OTHER_PARTS:
+        raise RequestError(f"`{where}` is {kind!r}; this deployment takes text only.", param=where)
+    text = fields.get("refusal" if kind == "refusal" else "text")
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS or not isinstance(text, str):
+        raise RequestError(f"`{where}` must be a text part.", param=where)
+    return text

@@ -240,15 +240,26 @@ _to_node: msgspec.msgpack.Decoder[ToNode] = msgspec.msgpack.Decoder(ToNode)
 _to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 
 
+# Bytes from a peer can be wrong in more ways than MessagePack's own errors: strings that are no UTF-8,
+# nesting deeper than the interpreter's stack.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
+
+
 def encode(frame: Frame) -> bytes:
-    return _encoder.encode(frame)
+    """The frame's bytes; raises FrameError for what MessagePack cannot hold (an integer above 64 bits,
+    half a surrogate pair), which a client's free-form fields can contain.
+    """
+    try:
+        return _encoder.encode(frame)
+    except (msgspec.MsgspecError, OverflowError, UnicodeError, RecursionError) as error:
+        raise FrameError(f"A {type(frame).__name__} frame holds a value that cannot be sent: {error}.") from error
 
 
 def decode_to_node(data: bytes) -> ToNode:
     """A frame that a router sent; raises FrameError."""
     try:
         return _to_node.decode(data)
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise FrameError(f"A router sent a frame that this node cannot read: {error}.") from error
 
 
@@ -256,5 +267,5 @@ def decode_to_router(data: bytes) -> ToRouter:
     """A frame that a node sent; raises FrameError."""
     try:
         return _to_router.decode(data)
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise FrameError(f"A node sent a frame that this router cannot read: {error}.") from error

@@ -105,8 +105,10 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     """Parse and check; raises ReleaseError naming `where` and what to do."""
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
-        raise ReleaseError(f"{where} is not a manifest this version can read ({error}); export the model again.") from error
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ReleaseError(
+            f"{where} is not a manifest this version can read ({error}); export the model again."
+        ) from error
     if (manifest.format, manifest.graph_abi) != (FORMAT, GRAPH_ABI):
         raise ReleaseError(
             f"{where} has format {manifest.format} and graph ABI {manifest.graph_abi}, this version reads "
@@ -116,7 +118,9 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         raise ReleaseError(f"{where} names the release {manifest.release!r}, which is not <model>@<12 hex digits>.")
     for file in manifest.files:
         if file.path.startswith("/") or "\\" in file.path or ".." in file.path.split("/"):
-            raise ReleaseError(f"{where} lists {file.path!r}, which leaves the release folder; do not use this release.")
+            raise ReleaseError(
+                f"{where} lists {file.path!r}, which leaves the release folder; do not use this release."
+            )
         if not _SHA256.fullmatch(file.sha256) or file.size_bytes < 0:
             raise ReleaseError(f"{where} lists {file.path!r} without a proper sha256 and size.")
     named = {file.path for file in manifest.files}

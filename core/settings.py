@@ -8,6 +8,7 @@ Does not read files or the environment: the caller hands both in.
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -36,8 +37,11 @@ def load_settings(kind: type[T], text: str, environ: Mapping[str, str], *, prefi
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a listen address can be reached from this machine only."""
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    """Whether a listen address can be reached from this machine only; a name other than `localhost` cannot be told."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _overlay(tree: dict[str, Any], environ: Mapping[str, str], prefix: str) -> dict[str, str]:
@@ -76,5 +80,14 @@ def _explain(message: str, sources: dict[str, str], where: str) -> str:
     if unknown != problem:
         name = unknown.rstrip("`")
         key = f"{key}.{name}" if key else name
-        return f"{sources.get(key, where)} sets {key!r}, which is not a known key; remove it or check its spelling."
-    return f"{sources.get(key, where)} sets {key or 'the file'!r} to something unusable: {problem}."
+        return (
+            f"{_source(key, sources, where)} sets {key!r}, which is not a known key; remove it or check its spelling."
+        )
+    if not key:
+        return f"{where} is incomplete: {problem}."
+    return f"{_source(key, sources, where)} sets {key!r} to something unusable: {problem}."
+
+
+def _source(key: str, sources: dict[str, str], where: str) -> str:
+    """Who set `section.key`, of which `key` may be an element: the variable, or the file."""
+    return sources.get(".".join(key.partition("[")[0].split(".")[:2]), where)

@@ -147,7 +147,9 @@ class StreamLog:
 
     def close(self, end: EndRecord) -> list[Event]:
         """End the open item, if any, and the response."""
-        events = [] if self._item is None else self._end_item("completed" if end.status == "completed" else "incomplete")
+        events = (
+            [] if self._item is None else self._end_item("completed" if end.status == "completed" else "incomplete")
+        )
         self._end = end
         self.closed = True
         name = {"completed": "completed", "failed": "failed"}.get(end.status, "incomplete")
@@ -308,6 +310,8 @@ def output_items(record: RequestRecord, ids: list[int], deltas: list[list[Delta]
                     finish()
                     start, own, texts = delta, [], []
                 case Text(text) | Arguments(text):
+                    if start is None:  # as in StreamLog: what is said without an item is a message
+                        start, own, texts = ItemStart("message"), [], []
                     texts.append(text)
                 case ItemEnd():
                     finish()
@@ -331,7 +335,11 @@ def usage_json(usage: Usage) -> dict[str, Any]:
     }
 
 
-_SDK_CODES = {"rate_limited": "rate_limit_exceeded", "overloaded": "rate_limit_exceeded", "context_length_exceeded": "invalid_prompt"}
+_SDK_CODES = {
+    "rate_limited": "rate_limit_exceeded",
+    "overloaded": "rate_limit_exceeded",
+    "context_length_exceeded": "invalid_prompt",
+}
 
 
 def _error(failure: Failure) -> dict[str, Any]:
