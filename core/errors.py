@@ -16,6 +16,7 @@
         NoNodeAvailable               no_node_available       503, retryable
         NodeLost                      node_lost               502, retryable
         Overloaded                    overloaded              503, retryable
+        StoreUnavailable              store_unavailable       503, retryable
 
 Every message is one sentence that says what happened, where, and what to do.
 This module does not know how an error travels; `router/api` and the link translate.
@@ -162,3 +163,11 @@ class Overloaded(ServiceError):
 
     def __init__(self, message: str, retry_after_s: float = 2.0) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
+
+
+class StoreUnavailable(ServiceError):
+    """Responses cannot be kept or read back: the message names the store and what is wrong with it."""
+
+    code = "store_unavailable"
+    status = 503
+    retryable = True
