@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 export PORT CONSUL
 PY := $(VENV)/bin/python
 # Quiet for people and logs alike; the versions are fixed, so nothing interesting scrolls by.
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 # A stamp's name carries the hash of what it was made from, so a rerun is instant and a change is never missed.
 # dev.txt holds all of run.txt, with the same versions.
