@@ -1,0 +1,127 @@
+"""A graph under construction: nodes, and declarations of the weights that somebody will write later.
+
+Weights are declared, not held: a release larger than memory is written tensor by tensor, and only the declarations
+know which source tensors make up which initialiser. Does not know model families, recipes or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from export.quantize import BlockFormat, Floats
+
+MICROSOFT = "com.microsoft"
+OPSET = 21
+IR_VERSION = 10
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a matrix that come from one source tensor; rotary_heads > 0: they are q or k rows to be unpermuted."""
+
+    tensor: str
+    rotary_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Quantised matrix of `parts` stacked by rows. Becomes `<name>.codes`, `<name>.scales` and what its form adds."""
+
+    name: str
+    parts: tuple[Part, ...]
+    block_format: BlockFormat
+
+    @property
+    def tensors(self) -> list[str]:
+        """Source tensors that it takes up."""
+        return [part.tensor for part in self.parts]
+
+
+@dataclass(frozen=True)
+class View:
+    """Another shape for the very same bytes of the initialiser `of`."""
+
+    name: str
+    of: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Float32 vector, copied from the source tensor."""
+
+    name: str
+    tensor: str
+
+    @property
+    def tensors(self) -> list[str]:
+        """Source tensors that it takes up."""
+        return [self.tensor]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Values that the exporter computed itself."""
+
+    name: str
+    values: Floats
+
+    @property
+    def tensors(self) -> list[str]:
+        """No source tensors."""
+        return []
+
+
+Weight = Matrix | View | Vector | Table
+
+
+@dataclass
+class GraphBuilder:
+    """Collects nodes in execution order. Values are named after the node that makes them."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+
+    def node(
+        self,
+        op: str,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: int | float,
+    ) -> str:
+        """Append a node; returns its first output, which is `name` unless `outputs` says otherwise."""
+        produced = list(outputs) or [name]
+        self.nodes.append(helper.make_node(op, list(inputs), produced, name=name, domain=domain, **attributes))
+        return produced[0]
+
+    def weight(self, weight: Weight) -> str:
+        """Declare a weight; returns its name."""
+        self.weights.append(weight)
+        return weight.name
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """Add a small constant that lies in the graph file itself, once for each name."""
+        if name not in self.constants:
+            self.constants[name] = onnx.numpy_helper.from_array(values, name)
+        return name
+
+    def build(self, name: str, initializers: Sequence[onnx.TensorProto], metadata: dict[str, str]) -> onnx.ModelProto:
+        """The finished model; `initializers` are the declared weights as they were written."""
+        graph = helper.make_graph(
+            self.nodes, name, self.inputs, self.outputs, [*self.constants.values(), *initializers]
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgechat")
+        helper.set_model_props(model, metadata)
+        return model
