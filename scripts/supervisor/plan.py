@@ -82,7 +82,9 @@ def fleet(request: Request) -> tuple[Process, ...]:
     """Plan the processes in the order of their start. Raises PlanError."""
     request.check()
     own = request.discovery if isinstance(request.discovery, OwnConsul) else None
-    before = (consul(request.root, request.port + CONSUL_OFFSET, own),) if own else ()
+    before = (
+        (consul(request.root, range(request.port + CONSUL_OFFSET, request.port + LAST_OFFSET + 1), own),) if own else ()
+    )
     after = tuple(process.name for process in before)
     nodes = tuple(node(request, name, request.port + 1 + index, after) for index, name in enumerate(request.nodes))
     return (*before, *nodes, router(request, after))
@@ -99,14 +101,18 @@ def consul_url(request: Request) -> str:
             return ""
 
 
-def consul(root: str, http_port: int, own: OwnConsul) -> Process:
-    """Plan an agent in memory, with its ports from `http_port` on; all else is in configs/consul/dev.hcl."""
+def consul(root: str, ports: Sequence[int], own: OwnConsul) -> Process:
+    """Plan an agent in memory on four `ports`: HTTP, Serf LAN, Serf WAN, server.
+
+    Its other settings are in configs/consul/dev.hcl.
+    """
+    http, serf_lan, serf_wan, server = ports
     flags = [
         f"-config-file={root}/configs/consul/dev.hcl",
-        f"-http-port={http_port}",
-        f"-serf-lan-port={http_port + 1}",
-        f"-serf-wan-port={http_port + 2}",
-        f"-server-port={http_port + 3}",
+        f"-http-port={http}",
+        f"-serf-lan-port={serf_lan}",
+        f"-serf-wan-port={serf_wan}",
+        f"-server-port={server}",
         "-log-level=err",
     ]
     if own.version >= (1, 14):
@@ -115,8 +121,8 @@ def consul(root: str, http_port: int, own: OwnConsul) -> Process:
         name="consul",
         argv=(own.binary, "agent", "-dev", *flags),
         env={},
-        ready_url=f"http://{HOST}:{http_port}/v1/status/leader",
-        ports=tuple(range(http_port, http_port + 4)),
+        ready_url=f"http://{HOST}:{http}/v1/status/leader",
+        ports=tuple(ports),
     )
 
 

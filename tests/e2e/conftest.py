@@ -1,0 +1,91 @@
+"""Fleets of real processes, and their logs beside every failure."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.e2e.processes import Fleet, Process, build_fleet
+
+LINES_SHOWN = 80
+HERE = Path(__file__).parent
+
+
+class MakeFleet(Protocol):
+    """What the fixture `make_fleet` gives: a started fleet of one's own, for tests that break things."""
+
+    def __call__(
+        self,
+        *,
+        nodes: Sequence[str] = ("eu", "us"),
+        consul: bool = True,
+        edge: Mapping[str, str] | None = None,
+        router: Mapping[str, str] | None = None,
+        start: bool = True,
+    ) -> Fleet: ...
+
+
+@pytest.fixture(scope="session")
+def fleet(smollm2_release: Path, consul_binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Consul, nodes `eu` and `us`, a router: shared by all tests that leave it as it was."""
+    shared = build_fleet(smollm2_release, tmp_path_factory.mktemp("fleet"), consul_binary)
+    try:
+        yield shared.start()
+    finally:
+        shared.close()
+
+
+@pytest.fixture
+def make_fleet(smollm2_release: Path, consul_binary: Path, tmp_path: Path) -> Iterator[MakeFleet]:
+    """A factory of fleets for this test alone; they end with it."""
+    made: list[Fleet] = []
+
+    def make(
+        *,
+        nodes: Sequence[str] = ("eu", "us"),
+        consul: bool = True,
+        edge: Mapping[str, str] | None = None,
+        router: Mapping[str, str] | None = None,
+        start: bool = True,
+    ) -> Fleet:
+        binary = consul_binary if consul else None
+        own = build_fleet(
+            smollm2_release, tmp_path / f"fleet-{len(made)}", binary, nodes=nodes, edge=edge, router=router
+        )
+        made.append(own)
+        return own.start() if start else own
+
+    yield make
+    for own in made:
+        own.close()
+
+
+@pytest.fixture(autouse=True)
+def _restore_the_shared_fleet(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hold tests to their word: the shared fleet is as complete after a test as before."""
+    yield
+    if "fleet" in request.fixturenames:
+        shared: Fleet = request.getfixturevalue("fleet")
+        dead = [process.name for process in shared.processes() if not process.running]
+        assert not dead, f"this test ended {dead} of the shared fleet: let it use make_fleet"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in this folder `e2e`."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker("e2e")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put the logs of the processes beside the report of a failure."""
+    report = yield
+    if report.failed:
+        for process in dict.fromkeys(Process.started):
+            state = "running" if process.running else f"ended with {process.exit_code}"
+            report.sections.append((f"log of {process.name} ({state})", process.log(LINES_SHOWN)))
+    return report
