@@ -34,6 +34,8 @@ HOST = "127.0.0.1"
 READY_S = 60.0
 """A generous limit, never a measure: two busy cores may take long to load a model."""
 ATTEMPTS = 3
+LAST_WORDS_S = 5.0
+"""How long to read on after the end: what it started may live a little longer and hold the pipe open."""
 LOG_LINES = 2000
 
 _given_ports: set[int] = set()
@@ -166,12 +168,14 @@ class Process:
         return self.wait_exit(timeout_s)
 
     def wait_exit(self, timeout_s: float = 20.0) -> int:
-        """Wait for its end and return its exit code."""
-        assert self._popen is not None
+        """Wait for its end and its last words; return its exit code."""
+        assert self._popen is not None and self._reader is not None, f"{self.name} was never started"
         try:
-            return self._popen.wait(timeout_s)
+            code = self._popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} did not end within {timeout_s:g} s:\n{self.log()}") from None
+        self._reader.join(LAST_WORDS_S)
+        return code
 
     def restart(self) -> Self:
         """Start it again after its end, on the same ports, and wait until it is ready."""

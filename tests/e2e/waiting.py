@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 POLL_S = 0.05
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is never behind a proxy
@@ -35,6 +35,10 @@ def eventually(predicate: Callable[[], T], timeout_s: float = 20.0, what: str = 
         time.sleep(POLL_S)
 
 
+@overload
+async def eventually_async(predicate: Callable[[], Awaitable[T]], timeout_s: float = 20.0, what: str = "") -> T: ...
+@overload
+async def eventually_async(predicate: Callable[[], T], timeout_s: float = 20.0, what: str = "") -> T: ...
 async def eventually_async(predicate: Callable[[], T | Awaitable[T]], timeout_s: float = 20.0, what: str = "") -> T:
     """Do as `eventually` does without blocking the loop; the predicate may be async."""
     end_s = time.monotonic() + timeout_s
