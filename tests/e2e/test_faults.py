@@ -1,0 +1,219 @@
+"""Things that die while people chat. Each test has a fleet of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.e2e.clients import MODEL, answer, check_log, raw_socket, receive, say, sdk, text_of, until_terminal
+from tests.e2e.conftest import MakeFleet
+from tests.e2e.processes import ROOT, Fleet
+from tests.e2e.waiting import eventually, http
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_output_tokens": 24}
+
+
+def running(fleet: Fleet) -> dict[str, int]:
+    """Streams in each node, as the router last heard."""
+    return {node["name"]: node["running"] for node in fleet.router.fleet()}
+
+
+def first_turn(fleet: Fleet) -> tuple[str, str]:
+    """Introduce ourselves; return the response's id and the name of the node that answered."""
+    with raw_socket(fleet, extensions=True) as socket:
+        say(socket, input="My name is Ada.", **GREEDY)
+        node = ""
+        while (event := receive(socket))["type"] not in {"response.completed", "response.incomplete"}:
+            if event["type"] == "edgechat:node":
+                node = event["node"]
+    return event["response"]["id"], node
+
+
+def second_turn(fleet: Fleet, response_id: str) -> str:
+    """Ask something that only the first turn answers."""
+    with raw_socket(fleet) as socket:
+        events = answer(socket, input="What is my name?", previous_response_id=response_id, **GREEDY)
+    check_log(events)
+    return text_of(events)
+
+
+def test_a_node_killed_between_turns_costs_nothing(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet()
+    response_id, name = first_turn(fleet)
+    engine = fleet.node(name).engine()
+    fleet.node(name).kill()
+    assert "Ada" in second_turn(fleet, response_id)
+    eventually(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, what="the child ends too")
+    fleet.node(name).restart()
+    eventually(fleet.all_ready, what="the router finds the node again")
+
+
+def test_an_engine_killed_between_turns_is_restarted_and_costs_nothing(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(nodes=["eu"])
+    response_id, name = first_turn(fleet)
+    before = fleet.node(name).kill_engine()
+    eventually(lambda: fleet.router.fleet()[0]["engine_pid"] not in (0, before), 60, "a new engine child")
+    eventually(fleet.all_ready, 60)
+    assert "Ada" in second_turn(fleet, response_id)
+
+
+@pytest.mark.parametrize("victim", ["parent", "engine"])
+def test_a_node_killed_mid_answer_does_not_change_the_answer(make_fleet: MakeFleet, victim: str) -> None:
+    fleet = make_fleet()
+    fields = {"input": "Tell me a story about a river.", "temperature": 0.8, "seed": 3, "max_output_tokens": 96}
+    with raw_socket(fleet) as socket:
+        undisturbed = text_of(answer(socket, **fields))
+    with raw_socket(fleet, extensions=True) as socket:
+        say(socket, **fields)
+        events: list[dict[str, Any]] = []
+        nodes: list[str] = []
+        killed = False
+        while not events or not events[-1]["type"].endswith((".completed", ".incomplete", ".failed")):
+            event = receive(socket)
+            if event["type"] == "edgechat:node":
+                nodes.append(event["node"])
+            elif not event["type"].startswith("edgechat:"):
+                events.append(event)
+            if not killed and len(events) > 12:
+                killed = True
+                if victim == "parent":
+                    fleet.node(nodes[0]).kill()
+                else:
+                    fleet.node(nodes[0]).kill_engine()
+    check_log(events)
+    assert text_of(events) == undisturbed
+    assert len(nodes) == 2 and nodes[0] != nodes[1]
+
+
+def test_the_last_node_lost_mid_answer_fails_it_retryably_with_what_was_said(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(nodes=["eu"])
+    with raw_socket(fleet) as socket:
+        say(socket, input="Tell me a long story.", max_output_tokens=256)
+        while receive(socket)["type"] != "response.output_text.delta":
+            pass
+        fleet.node("eu").kill()
+        last = until_terminal(socket)[-1]
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"]["edgechat_code"] == "node_lost"
+    assert last["response"]["error"]["retryable"] is True
+    assert last["response"]["output"][0]["content"][0]["text"]
+
+
+def test_without_any_node_a_request_is_told_to_come_back(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(nodes=["eu"])
+    fleet.node("eu").kill()
+    eventually(lambda: http(f"{fleet.url}/readyz", key=None).status == 503, what="the router is not ready")
+    with pytest.raises(openai.APIStatusError) as refused:
+        sdk(fleet).responses.create(model=MODEL, input="hi")
+    assert refused.value.status_code == 503
+    assert refused.value.code == "no_node_available"
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    with raw_socket(fleet) as socket:
+        say(socket, input="hi")
+        event = receive(socket)
+    assert (event["status"], event["code"]) == (503, "no_node_available")
+    assert event["retry_after_ms"] > 0
+
+
+def test_a_client_that_leaves_stops_its_unstored_answer(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(nodes=["eu"], router={"ROUTER__SESSION__ORPHAN_GRACE_S": "600"})
+    with raw_socket(fleet) as socket:
+        say(socket, input="Tell me a very long story.", store=False, max_output_tokens=2048)
+        while receive(socket)["type"] != "response.output_text.delta":
+            pass
+        assert eventually(lambda: running(fleet)["eu"] == 1)
+    eventually(lambda: running(fleet)["eu"] == 0, 5, "the node stops working for nobody")
+
+
+def test_a_stored_answer_goes_on_without_its_client_until_the_grace_ends(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(nodes=["eu"], router={"ROUTER__SESSION__ORPHAN_GRACE_S": "2"})
+    with raw_socket(fleet) as socket:
+        say(socket, input="Tell me a very long story.", max_output_tokens=3000)
+        response_id = receive(socket)["response"]["id"]
+        while receive(socket)["type"] != "response.output_text.delta":
+            pass
+    assert running(fleet)["eu"] == 1
+    eventually(lambda: running(fleet)["eu"] == 0, 20, "the grace ends")
+    kept = eventually(lambda: http(f"{fleet.base_url}/responses/{response_id}").json(), what="what there was is kept")
+    assert kept["status"] == "cancelled"
+    assert kept["output"][0]["content"][0]["text"]
+
+
+def test_a_stored_answer_that_ends_within_the_grace_is_whole(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(nodes=["eu"])
+    with raw_socket(fleet) as socket:
+        say(socket, input="Name three rivers.", max_output_tokens=40)
+        response_id = receive(socket)["response"]["id"]
+    client = sdk(fleet)
+
+    def kept() -> Any:
+        with contextlib.suppress(openai.NotFoundError):
+            found = client.responses.retrieve(response_id)
+            return found if found.status in {"completed", "incomplete"} else None
+        return None
+
+    assert eventually(kept).output_text
+
+
+def test_consul_may_die_and_come_back_without_anyone_noticing(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet()
+    consul = fleet.consul
+    assert consul is not None
+    response_id, _ = first_turn(fleet)
+    consul.kill()
+    assert "Ada" in second_turn(fleet, response_id)
+    assert fleet.all_ready()
+    consul.restart()
+    eventually(lambda: len(consul.healthy("edgechat-node")) == 2, 60, "both nodes register again")
+    eventually(lambda: len(consul.healthy("edgechat-router")) == 1, 60, "the router registers again")
+    assert "Ada" in second_turn(fleet, response_id)
+
+
+def test_consul_down_at_the_start_is_waited_for(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(nodes=["eu"], start=False)
+    consul, node = fleet.consul, fleet.node("eu")
+    assert consul is not None
+    consul.start().wait_ready()
+    consul.kill()
+    node.start().wait_ready()
+    fleet.router.start()
+    eventually(lambda: http(f"{fleet.url}/livez", key=None).status == 200, 60, "the router lives without Consul")
+    assert http(f"{fleet.url}/readyz", key=None).status == 503
+    consul.restart()
+    eventually(fleet.all_ready, 60, "all find each other once Consul is there")
+
+
+def test_a_node_that_stops_leaves_consul_and_ends_cleanly(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet()
+    consul = fleet.consul
+    assert consul is not None
+    eventually(lambda: len(consul.healthy("edgechat-node")) == 2)
+    assert fleet.node("us").stop() == 0
+    assert [service["Meta"]["region"] for service in consul.healthy("edgechat-node")] == ["eu"]
+    assert fleet.router.stop() == 0
+    assert consul.healthy("edgechat-router") == []
+
+
+@pytest.mark.parametrize("program", ["router", "edge_node"])
+def test_a_taken_port_is_one_line(make_fleet: MakeFleet, program: str) -> None:
+    fleet = make_fleet(nodes=["eu"], consul=False)
+    taken = fleet.router if program == "router" else fleet.node("eu")
+    section, file = ("ROUTER", "router.toml") if program == "router" else ("EDGE", "edge.toml")
+    second = subprocess.run(
+        [sys.executable, "-m", program, "--config", f"configs/{file}"],
+        cwd=ROOT,
+        env={**psutil.Process().environ(), **taken.env(), f"{section}__LISTEN__PORT": str(taken.port)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert second.returncode == 2
+    said = second.stderr.strip().splitlines()
+    assert len(said) == 1, said
+    assert str(taken.port) in said[0]
