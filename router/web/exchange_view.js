@@ -1,0 +1,119 @@
+// One exchange on the page: the question, the answer as it grows, and the line beneath it with the node and
+// what can be done. Knows the shape of an exchange and nothing else of the state.
+
+import { element, renderMarkdown, setText } from "./dom.js";
+
+const CLAMP_CHARACTERS = 1_200;
+const CLAMP_LINES = 14;
+
+export class ExchangeView {
+  #exchange = null;
+  #strings = null;
+  #retryable = null;
+  #queuedText = null;
+  #isOpen = false;
+
+  constructor() {
+    this.questionLabel = element("h2", { class: "offscreen" });
+    this.question = element("div", { class: "question", dir: "auto" });
+    this.more = element("button", { type: "button", class: "link", "data-do": "more" });
+    this.delivery = element("p", { class: "delivery" });
+    this.answerLabel = element("h2", { class: "offscreen" });
+    this.wait = element("p", { class: "wait" }, element("span", { class: "pulse", "aria-hidden": "true" }), element("span"));
+    this.answer = element("div", { class: "answer", dir: "auto" });
+    this.notice = element("div", { class: "outcome" });
+    this.node = element("span", { class: "node" });
+    this.copy = element("button", { type: "button", class: "quiet", "data-copy": "answer" });
+    this.retry = element("button", { type: "button", class: "outlined", "data-do": "retry" });
+    this.below = element("div", { class: "meta" }, this.node, this.copy);
+    this.reply = element("div", { class: "reply" }, this.answerLabel, this.wait, this.answer, this.notice, this.below);
+    this.root = element("article", { class: "exchange" }, this.questionLabel, this.question, this.more, this.delivery, this.reply);
+  }
+
+  toggleQuestion() {
+    this.#isOpen = !this.#isOpen;
+    this.#clamp(this.#exchange.question);
+  }
+
+  /** Show `exchange`; does nothing when nothing it shows has changed. */
+  show(exchange, { strings, retryable, queuedText }) {
+    const same = exchange === this.#exchange && strings === this.#strings;
+    if (same && retryable === this.#retryable && queuedText === this.#queuedText) return;
+    const previous = this.#exchange;
+    Object.assign(this.root.dataset, { id: exchange.id, status: exchange.status });
+    this.#exchange = exchange;
+    this.#strings = strings;
+    this.#retryable = retryable;
+    this.#queuedText = queuedText;
+    setText(this.questionLabel, strings.you);
+    setText(this.answerLabel, strings.assistant);
+    setText(this.retry, strings.retry);
+    setText(this.copy, strings.copy);
+    this.copy.setAttribute("aria-label", strings.copyAnswer);
+    if (previous?.question !== exchange.question) setText(this.question, exchange.question);
+    this.#clamp(exchange.question);
+    this.#showDelivery(exchange);
+    this.#showAnswer(exchange);
+    this.#showOutcome(exchange);
+    this.#showNode(exchange);
+  }
+
+  #clamp(question) {
+    const isLong = question.length > CLAMP_CHARACTERS || question.split("\n", CLAMP_LINES + 1).length > CLAMP_LINES;
+    this.more.hidden = !isLong;
+    this.question.classList.toggle("clamped", isLong && !this.#isOpen);
+    this.more.setAttribute("aria-expanded", String(this.#isOpen));
+    setText(this.more, this.#isOpen ? this.#strings.showLess : this.#strings.showAll);
+  }
+
+  #showDelivery({ status }) {
+    const strings = this.#strings;
+    const texts = { queued: this.#queuedText, unsent: strings.unsent };
+    this.delivery.hidden = !(status in texts);
+    if (status in texts) this.delivery.replaceChildren(texts[status], ...(status === "unsent" ? [this.retry] : []));
+  }
+
+  #showAnswer({ status, answer, progress }) {
+    const isWaiting = ["sent", "streaming", "stopping"].includes(status) && answer === "";
+    this.reply.hidden = status === "queued" || status === "unsent";
+    this.wait.hidden = !isWaiting;
+    const reading = progress === null ? this.#strings.thinking : this.#strings.reading(Math.floor(progress * 100));
+    setText(this.wait.lastChild, status === "stopping" ? this.#strings.stopping : reading);
+    renderMarkdown(this.answer, answer, this.#strings);
+    this.answer.hidden = answer === "";
+    this.copy.hidden = answer === "" || status === "streaming" || status === "stopping";
+  }
+
+  #showOutcome({ status, answer, error }) {
+    const strings = this.#strings;
+    const lines = [];
+    if (error) {
+      lines.push(element("strong", {}, strings.errors[error.code] ?? strings.errors.other));
+      if (error.sentence) lines.push(element("span", {}, error.sentence));
+    }
+    if (status === "interrupted" && (answer !== "" || !error)) lines.unshift(element("span", { class: "mark" }, strings.interrupted));
+    if (status === "stopped") lines.push(element("span", { class: "mark" }, strings.stopped));
+    if (status === "incomplete") lines.push(element("span", { class: "mark" }, strings.incomplete));
+    if (status === "done" && answer.trim() === "") lines.push(element("span", { class: "mark" }, strings.empty));
+    const ended = ["interrupted", "failed", "stopped"].includes(status);
+    const actions = [];
+    if (ended && this.#retryable) actions.push(this.retry);
+    if (error?.code === "context_length_exceeded") {
+      actions.push(element("button", { type: "button", class: "outlined", "data-do": "new" }, strings.newConversation));
+    }
+    const hadFocus = this.notice.contains(document.activeElement);
+    this.notice.hidden = lines.length === 0;
+    this.notice.replaceChildren(element("div", {}, ...lines), ...(actions.length ? [element("div", { class: "row" }, ...actions)] : []));
+    if (hadFocus) this.notice.querySelector("button")?.focus();
+  }
+
+  #showNode({ node, movedFrom, model }) {
+    this.node.hidden = node === null;
+    this.below.hidden = node === null && this.copy.hidden;
+    if (!node) return;
+    const where = node.region ? `${node.name} · ${node.region}` : node.name;
+    const moved = movedFrom ? `, ${this.#strings.movedFrom(movedFrom)}` : "";
+    setText(this.node, where + moved);
+    this.node.title = this.#strings.answeredBy(node.name, node.region) + (model ? ` (${model})` : "") + moved;
+  }
+}
