@@ -1,0 +1,291 @@
+"""The engine process: loads one release, steps the engine, beats. Started by its node as
+`python -m edge_node.runtime.worker`, ends when the node does.
+
+    main thread    inbox -> engine.submit/cancel; plan -> run -> commit; outputs -> node
+    listener       socket -> inbox; ends the process on end of file
+    beats          every BEAT_S a Beat, whatever the main thread is doing
+
+Does not know routers, Consul or HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, assert_never
+
+from core.errors import EdgechatError, FrameError, ReleaseError
+from core.frames import Cancel, Generate, Rates
+from edge_node.logs import setup_logging
+from edge_node.release.model_store import Release, open_release, verify
+from edge_node.runtime.pipe import (
+    HEADER_BYTES,
+    Beat,
+    Fatal,
+    Load,
+    Loaded,
+    ToChild,
+    ToParent,
+    body_bytes,
+    decode_to_child,
+    encode,
+    outputs,
+)
+
+if TYPE_CHECKING:
+    from edge_node.engine.engine import Engine, Output
+    from edge_node.engine.step import StepRunner
+
+log = logging.getLogger("edge_node.worker")
+
+BEAT_S = 0.2
+# Requests that may wait to be looked at; past it the listener, and so the node's pipe, waits.
+INBOX_MESSAGES = 1024
+_PR_SET_PDEATHSIG = 1
+
+
+class Pipe:
+    """The child's end of the socketpair, for sending from several threads."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._lock = threading.Lock()
+
+    def send(self, message: ToParent) -> None:
+        data = encode(message)
+        with self._lock:
+            self._socket.sendall(data)
+
+    def receive(self) -> ToChild | None:
+        """The node's next message; None at end of file. Raises FrameError."""
+        header = self._exactly(HEADER_BYTES)
+        body = None if header is None else self._exactly(body_bytes(header))
+        return None if body is None else decode_to_child(body)
+
+    def _exactly(self, count: int) -> bytes | None:
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            received = self._socket.recv_into(view)
+            if received == 0:
+                return None
+            view = view[received:]
+        return bytes(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """What the main thread is at; replaced as a whole, so that the beating thread needs no lock.
+
+    started_s: None while it waits for work.
+    """
+
+    step: int = 0
+    started_s: float | None = None
+    predicted_s: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    rates: Rates = field(default_factory=Rates)
+
+    def beat(self, now_s: float) -> Beat:
+        age_s = -1.0 if self.started_s is None else now_s - self.started_s
+        return Beat(self.step, age_s, self.predicted_s, self.running, self.waiting, self.rates)
+
+
+class Stepper:
+    """Feeds the engine and runs its plans, one after another, in one thread."""
+
+    def __init__(self, engine: Engine, runner: StepRunner, pipe: Pipe, inbox: queue.Queue[ToChild]) -> None:
+        self.pulse = Pulse()
+        self._engine = engine
+        self._runner = runner
+        self._pipe = pipe
+        self._inbox = inbox
+        self._steps = 0
+
+    def run_forever(self) -> None:
+        while True:
+            self._wait_for_work()
+            while self._step():
+                self._take_waiting()
+
+    def _wait_for_work(self) -> None:
+        """The engine has nothing to do: block until a message comes."""
+        self._engine.check_invariants()
+        self._publish(None)
+        self._take(self._inbox.get())
+        self._take_waiting()
+
+    def _take_waiting(self) -> None:
+        for _ in range(self._inbox.qsize()):
+            self._take(self._inbox.get_nowait())
+
+    def _take(self, message: ToChild) -> None:
+        now_s = time.monotonic()
+        self._publish(now_s)
+        match message:
+            case Generate():
+                self._give(self._engine.submit(message, now_s))
+            case Cancel():
+                self._give(self._engine.cancel(message.stream, message.epoch, now_s))
+            case Load():
+                raise FrameError("The node sent Load twice.")
+            case _:
+                assert_never(message)
+
+    def _step(self) -> bool:
+        """Plan, run and commit one step; False when there is none."""
+        now_s = time.monotonic()
+        plan = self._engine.plan(now_s)
+        if plan is None:
+            return False
+        self._steps += 1
+        self._publish(now_s, plan.predicted_s)
+        result = self._runner.run(plan)
+        self._give(self._engine.commit(plan, result, time.monotonic()))
+        return True
+
+    def _publish(self, started_s: float | None, predicted_s: float = 0.0) -> None:
+        engine = self._engine
+        self.pulse = Pulse(self._steps, started_s, predicted_s, engine.running, engine.waiting, engine.rates)
+
+    def _give(self, given: list[Output]) -> None:
+        if given:
+            self._pipe.send(outputs(given))
+        for fault in self._engine.take_faults():
+            where = "".join(traceback.format_tb(fault.error.__traceback__))
+            kind = type(fault.error).__name__
+            log.error("stream_fault stream=%s epoch=%d error=%s where=%r", fault.stream, fault.epoch, kind, where)
+
+
+def main() -> int:
+    arguments = _arguments()
+    _die_with(arguments.parent)
+    setup_logging(arguments.log_level)
+    pipe = Pipe(socket.socket(fileno=arguments.fd))
+    load = pipe.receive()
+    if not isinstance(load, Load):
+        return 0
+    inbox: queue.Queue[ToChild] = queue.Queue(INBOX_MESSAGES)
+    threading.Thread(target=_listen, args=(pipe, inbox), name="listener", daemon=True).start()
+    try:
+        _serve(pipe, load, inbox)
+    except EdgechatError as error:
+        pipe.send(Fatal(error.code, error.message))
+    except ImportError as error:
+        extra = "edge-cuda" if load.device == "cuda" else "edge-cpu"
+        message = f"The engine needs the Python package {error.name!r}; install edgechat[{extra}]."
+        pipe.send(Fatal("config_invalid", message))
+    except Exception as error:
+        log.critical("engine_crashed", exc_info=True)
+        kind = type(error).__name__
+        pipe.send(
+            Fatal("server_error", f"The engine failed unexpectedly ({kind}); its log says where, please report it.")
+        )
+    return 1
+
+
+def _serve(pipe: Pipe, load: Load, inbox: queue.Queue[ToChild]) -> None:
+    started_s = time.monotonic()
+    release = _open_release(load)
+    engine, runner = _open_engine(load, release)
+    stepper = Stepper(engine, runner, pipe, inbox)
+    pipe.send(Loaded(time.monotonic() - started_s))
+    threading.Thread(target=_beat, args=(pipe, stepper), name="beats", daemon=True).start()
+    stepper.run_forever()
+
+
+def _open_release(load: Load) -> Release:
+    release = open_release(Path(load.folder))
+    found = (release.manifest.release, release.manifest.variant)
+    if found != (load.release, load.variant):
+        raise ReleaseError(
+            f"{load.folder} now holds {found[0]} ({found[1]}), this node serves {load.release} ({load.variant}); "
+            "put it back or restart the node."
+        )
+    if load.verify:
+        verify(release)
+    return release
+
+
+def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
+    # Imported here, so that a missing package is told to the node like every other reason not to serve.
+    from edge_node.engine.engine import Engine, EngineLimits
+    from edge_node.engine.speech import ChatTemplateSpeech
+    from edge_node.runtime.runner import Runner
+
+    manifest = release.manifest
+    speech = ChatTemplateSpeech.from_files(
+        manifest, release.read_text(manifest.tokenizer), release.read_text(manifest.chat_template)
+    )
+    limits = EngineLimits(
+        slots=load.slots,
+        context_tokens=load.context_tokens,
+        max_waiting=load.max_waiting,
+        max_stall_ms=load.max_stall_ms,
+    )
+    engine = Engine(manifest, speech, limits)
+    runner = Runner.open(
+        release.folder, manifest, load.device, load.threads, load.slots, load.context_tokens, load.spinning
+    )
+    for plan, result in runner.warm_up():
+        engine.learn(plan, result)
+    return engine, runner
+
+
+def _listen(pipe: Pipe, inbox: queue.Queue[ToChild]) -> None:
+    """Runs until the node hangs up; then nobody waits for what the main thread is computing."""
+    try:
+        while (message := pipe.receive()) is not None:
+            inbox.put(message)
+    except (OSError, FrameError) as error:
+        log.error("pipe_broken error=%r", str(error))
+    os._exit(0)
+
+
+def _beat(pipe: Pipe, stepper: Stepper) -> None:
+    try:
+        while True:
+            pipe.send(stepper.pulse.beat(time.monotonic()))
+            time.sleep(BEAT_S)
+    except OSError:
+        # The node is gone; the listener sees the end of file and ends the process.
+        return
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when the node dies; leave if that has happened already.
+
+    Not from preexec_fn, which may deadlock in a program with threads; prctl(2): the setting survives no exec.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        log.warning("pdeathsig_failed errno=%d", ctypes.get_errno())
+    if os.getppid() != parent:
+        os._exit(0)
+    # A service manager signals the whole group; the node decides when its engine ends, by hanging up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="edge_node.runtime.worker", description="Started by edge_node, not by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="this end of the socketpair")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the node")
+    parser.add_argument("--log-level", default="info")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
