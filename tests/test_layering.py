@@ -19,6 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("core", "edge_node", "router", "export", "scripts")
+FOLDERS = ("core", "edge_node", "router", "export", "scripts/supervisor")
+"""Where the packages lie. The other scripts are tools, which may look into everything."""
 
 Layer = Literal["pure", "io", "main"]
 LEVEL: Mapping[Layer, int] = {"pure": 0, "io": 1, "main": 2}
@@ -157,7 +159,7 @@ def module_name(path: Path) -> str:
 @cache
 def modules() -> dict[str, Path]:
     """Return every module of ours with its file."""
-    return {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+    return {module_name(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
 def room_of(module: str) -> Room | None:
