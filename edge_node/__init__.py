@@ -1,0 +1,1 @@
+"""One edge node: sockets in the parent process, one model release per child process."""
