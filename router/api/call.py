@@ -1,0 +1,103 @@
+"""What every dialect's request comes down to: a `Call`, and the checks that all of them share.
+
+Does not know the dialects nor where history is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from core.conversation import Item
+from core.errors import RequestError
+from core.stream import Request
+from router.errors import MalformedBody
+
+MAX_STOP = 4
+_EFFORTS = {"none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked request.
+
+    prefix: the response id's kind ("resp", "chatcmpl"). generate: False = answer at once, with nothing.
+    history: items before `request.input` that this dialect brought itself (the plain shim).
+    """
+
+    request: Request
+    prefix: str = "resp"
+    stream: bool = False
+    generate: bool = True
+    seed: int | None = None
+    stream_id: str | None = None
+    history: list[Item] = []
+
+
+def rendered(request: Request, history: list[Item]) -> list[Item]:
+    """The whole conversation: instructions (of this request only), what was said before, the new input."""
+    system = [Item("message", "system", request.instructions)] if request.instructions else []
+    return [*system, *history, *request.input]
+
+
+def parse_json(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; raises MalformedBody with the place of the mistake."""
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise MalformedBody(f"The message is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise MalformedBody("The message must be a JSON object.")
+    return value
+
+
+def read_fields(body: dict[str, Any], kind: type[T]) -> T:
+    """The known fields of `body` with their types checked; others are ignored. Raises RequestError naming the field."""
+    try:
+        return msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$")
+        field = path.rstrip("`").lstrip(".")
+        if not field and problem.startswith("Object missing required field `"):
+            field = problem.split("`")[1]
+            raise RequestError(f"`{field}` is missing.", param=field) from error
+        raise RequestError(f"`{field}` is unusable: {problem}.", param=field or None) from error
+
+
+def function_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The functions among the offered tools, every field present; hosted tools are not ours and left out."""
+    kept: list[dict[str, Any]] = []
+    for index, tool in enumerate(tools):
+        if tool.get("type") != "function":
+            continue
+        name, parameters = tool.get("name"), tool.get("parameters")
+        if not isinstance(name, str) or not isinstance(parameters, dict | None):
+            raise RequestError(f"`tools[{index}]` needs a name and an object `parameters`.", param="tools")
+        described = {"description": tool.get("description"), "parameters": parameters, "strict": tool.get("strict")}
+        kept.append({"type": "function", "name": name, **described})
+    return kept
+
+
+def effort(asked: str | None) -> str | None:
+    """The effective reasoning effort of gpt-oss, which knows three."""
+    if asked is None:
+        return None
+    if asked not in _EFFORTS:
+        sentence = f"The reasoning effort {asked!r} is unknown; use low, medium or high."
+        raise RequestError(sentence, param="reasoning.effort")
+    return _EFFORTS[asked]
+
+
+def stop_strings(stop: str | list[str] | None) -> list[str]:
+    """`stop` as a list; raises RequestError for too many or empty ones."""
+    listed = [stop] if isinstance(stop, str) else list(stop or [])
+    if len(listed) > MAX_STOP or not all(listed):
+        raise RequestError(f"`stop` takes up to {MAX_STOP} strings that are not empty.", param="stop")
+    return listed
+
+
+def output_text(response: dict[str, Any]) -> str:
+    """All message text of a response object."""
+    messages = (item for item in response["output"] if item["type"] == "message")
+    return "".join(part["text"] for item in messages for part in item["content"])

@@ -1,0 +1,223 @@
+"""The chat completions dialect: `POST /v1/chat/completions`, whole and as chunks.
+
+Fields: the openai SDK's `types.chat`. Never stored. Reads the response's own events, so that both
+dialects say the same.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from core.conversation import MAX_ITEMS, Item, text_of
+from core.errors import RequestError
+from core.stream import Event, Request
+from router.api.call import Call, effort, function_tools, output_text, read_fields, stop_strings
+from router.config import Defaults
+
+Chunk: TypeAlias = dict[str, Any]
+_ROLES = ("assistant", "developer", "system", "tool", "user")
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _Function(msgspec.Struct):
+    name: str
+    arguments: str = ""
+
+
+class _ToolCall(msgspec.Struct):
+    id: str
+    function: _Function
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: Any = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class _Body(msgspec.Struct):
+    model: str
+    messages: list[_Message]
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logprobs: bool | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    user: str | None = None
+
+
+class ChatCall(msgspec.Struct, frozen=True):
+    call: Call
+    include_usage: bool
+
+
+def parse_chat(body: dict[str, Any], defaults: Defaults) -> ChatCall:
+    """A chat completion to answer; raises RequestError naming the field that cannot be used."""
+    fields = read_fields(body, _Body)
+    _refuse_unservable(fields)
+    limit = fields.max_completion_tokens or fields.max_tokens or defaults.max_output_tokens
+    request = Request(
+        model=fields.model,
+        input=_items(fields.messages),
+        store=False,
+        temperature=defaults.temperature if fields.temperature is None else fields.temperature,
+        top_p=defaults.top_p if fields.top_p is None else fields.top_p,
+        top_k=fields.top_k or 0,
+        max_output_tokens=limit,
+        stop=stop_strings(fields.stop),
+        # Asked for always: the chunks carry it, and a model that does not reason sends none.
+        reasoning={"effort": effort(fields.reasoning_effort), "summary": None},
+        tools=function_tools([_flat_tool(tool) for tool in fields.tools or []]),
+        tool_choice=fields.tool_choice or "auto",
+        user=fields.user,
+    )
+    # Any integer is a seed in this dialect; the engine's has 63 bits.
+    seed = None if fields.seed is None else fields.seed % 2**63
+    call = Call(request=request, prefix="chatcmpl", stream=bool(fields.stream), seed=seed)
+    return ChatCall(call, bool(fields.stream_options and fields.stream_options.include_usage))
+
+
+def _refuse_unservable(fields: _Body) -> None:
+    if fields.n not in (None, 1):
+        raise RequestError(f"`n` is {fields.n}; one choice a request is served, send several requests.", param="n")
+    if fields.logprobs:
+        raise RequestError("`logprobs` is not served here; leave it out.", param="logprobs")
+    form = (fields.response_format or {}).get("type", "text")
+    if form != "text":
+        raise RequestError(f"`response_format` {form!r} is not served here; only text is.", param="response_format")
+    if not fields.messages:
+        raise RequestError("`messages` is empty; send at least one.", param="messages")
+    if len(fields.messages) > MAX_ITEMS:
+        raise RequestError(f"`messages` has {len(fields.messages)}, at most {MAX_ITEMS} are taken.", param="messages")
+
+
+def _items(messages: list[_Message]) -> list[Item]:
+    return [item for index, message in enumerate(messages) for item in _said(message, f"messages[{index}]")]
+
+
+def _said(message: _Message, where: str) -> list[Item]:
+    if message.role not in _ROLES:
+        raise RequestError(f"`{where}.role` must be one of {', '.join(_ROLES)}.", param=f"{where}.role")
+    if message.role == "tool":
+        output = text_of(message.content, where)
+        return [Item("function_call_output", "tool", output, call_id=message.tool_call_id or "")]
+    calls = [
+        Item("function_call", "assistant", call.function.arguments, name=call.function.name, call_id=call.id)
+        for call in message.tool_calls or []
+    ]
+    if message.content is None and calls:
+        return list(calls)
+    return [Item("message", message.role, text_of(message.content, where)), *calls]
+
+
+def _flat_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """This dialect nests a function under `function`; the Responses dialect, and our nodes, do not."""
+    function = tool.get("function")
+    return {"type": tool.get("type"), **function} if isinstance(function, dict) else tool
+
+
+def completion(response: dict[str, Any]) -> dict[str, Any]:
+    """A finished response object as one `chat.completion`."""
+    calls = [item for item in response["output"] if item["type"] == "function_call"]
+    message: dict[str, Any] = {"role": "assistant", "content": output_text(response), "refusal": None}
+    thought = "".join(
+        part["text"] for item in response["output"] if item["type"] == "reasoning" for part in item["content"]
+    )
+    if thought:
+        message |= {"reasoning": thought, "reasoning_content": thought}
+    if calls:
+        message["tool_calls"] = [_tool_call(call) for call in calls]
+        message["content"] = message["content"] or None
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(response)}
+    return _head(response, "chat.completion") | {"choices": [choice], "usage": usage(response)}
+
+
+def finish_reason(response: dict[str, Any]) -> Literal["stop", "length", "tool_calls"]:
+    if response["incomplete_details"] is not None:
+        return "length"
+    return "tool_calls" if any(item["type"] == "function_call" for item in response["output"]) else "stop"
+
+
+def usage(response: dict[str, Any]) -> dict[str, Any] | None:
+    """The `usage` of a finished response under this dialect's names."""
+    used = response["usage"]
+    if used is None:
+        return None
+    return {
+        "prompt_tokens": used["input_tokens"],
+        "completion_tokens": used["output_tokens"],
+        "total_tokens": used["total_tokens"],
+        "prompt_tokens_details": {"cached_tokens": used["input_tokens_details"]["cached_tokens"]},
+        "completion_tokens_details": {"reasoning_tokens": used["output_tokens_details"]["reasoning_tokens"]},
+    }
+
+
+def _tool_call(item: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": item["name"], "arguments": item["arguments"]}
+    return {"id": item["call_id"], "type": "function", "function": function}
+
+
+def _head(response: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {"id": response["id"], "object": kind, "created": response["created_at"], "model": response["model"]}
+
+
+class ChatStream:
+    """Turns the events of one response into chunks; `response` is the object of its first event.
+
+    The first chunk waits for the first thing said, so that a refusal by the node can still be an HTTP error.
+    """
+
+    def __init__(self, response: dict[str, Any], *, include_usage: bool) -> None:
+        self._include_usage = include_usage
+        self._calls = 0
+        self._begun = False
+        self._base: Chunk = _head(response, "chat.completion.chunk")
+
+    def on_event(self, event: Event) -> list[Chunk]:
+        match event["type"]:
+            case "response.output_text.delta":
+                return self._delta({"content": event["delta"]})
+            case "response.reasoning_text.delta":
+                return self._delta({"reasoning": event["delta"], "reasoning_content": event["delta"]})
+            case "response.output_item.added" if event["item"]["type"] == "function_call":
+                self._calls += 1
+                return self._delta({"tool_calls": [{"index": self._calls - 1, **_tool_call(event["item"])}]})
+            case "response.function_call_arguments.delta":
+                piece = {"index": self._calls - 1, "function": {"arguments": event["delta"]}}
+                return self._delta({"tool_calls": [piece]})
+            case "response.completed" | "response.incomplete":
+                return self._end(event["response"])
+            case _:
+                return []
+
+    def _delta(self, delta: dict[str, Any], finish: str | None = None) -> list[Chunk]:
+        opening = [] if self._begun else [self._chunk({"role": "assistant", "content": ""})]
+        self._begun = True
+        return [*opening, self._chunk(delta, finish)]
+
+    def _end(self, response: dict[str, Any]) -> list[Chunk]:
+        chunks = self._delta({}, finish_reason(response))
+        if self._include_usage:
+            chunks.append(self._base | {"choices": [], "usage": usage(response)})
+        return chunks
+
+    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> Chunk:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return self._base | {"choices": [choice]} | ({"usage": None} if self._include_usage else {})

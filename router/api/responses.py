@@ -1,0 +1,180 @@
+"""The Responses dialect: the body of `POST /v1/responses` and the client events of its WebSocket mode.
+
+Fields: the openai SDK's `types.responses`. Fields that are not known here are ignored; a known one
+that cannot be honoured is refused, because silence would change what the client gets.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from core.conversation import parse_input
+from core.errors import RequestError
+from core.stream import Event, Request
+from router.api.call import Call, effort, function_tools, parse_json, read_fields, stop_strings
+from router.config import Defaults
+
+Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+class Reasoning(msgspec.Struct):
+    effort: str | None = None
+    summary: str | None = None
+
+
+class _Body(msgspec.Struct):
+    """`stop`, `seed` and `top_k` are not OpenAI's here, but cost nothing and are asked for."""
+
+    model: str
+    input: Any
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    reasoning: Reasoning | None = None
+    text: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
+    background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+    generate: bool | None = None
+    stream_id: str | None = None
+
+
+class Create(msgspec.Struct, frozen=True):
+    call: Call
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    response_id: str
+
+
+ClientEvent: TypeAlias = Create | Cancel
+
+
+def parse_event(text: str, defaults: Defaults) -> ClientEvent:
+    """A text frame of the WebSocket mode; raises RequestError saying what to send instead."""
+    body = parse_json(text)
+    match body.get("type"):
+        case "response.create":
+            return Create(parse_create(body, defaults))
+        case "response.cancel":
+            response_id = body.get("response_id")
+            if not isinstance(response_id, str):
+                raise RequestError("`response_id` is missing.", param="response_id")
+            return Cancel(response_id)
+        case None:
+            raise RequestError("`type` is missing; send response.create or response.cancel.", param="type")
+        case other:
+            raise RequestError(
+                f"The event type {other!r} is not known; send response.create or response.cancel.", param="type"
+            )
+
+
+def stream_id_of(text: str) -> str | None:
+    """The lane that a refused event belonged to, if it can be told."""
+    try:
+        named = parse_json(text).get("stream_id")
+    except RequestError:
+        return None
+    return named if isinstance(named, str) else None
+
+
+def parse_create(body: dict[str, Any], defaults: Defaults) -> Call:
+    """A request to answer; raises RequestError naming the field that cannot be used."""
+    fields = read_fields(body, _Body)
+    _refuse_unservable(fields)
+    request = Request(
+        model=fields.model,
+        input=parse_input(fields.input),
+        instructions=fields.instructions,
+        previous_response_id=fields.previous_response_id,
+        store=fields.store is not False,
+        temperature=defaults.temperature if fields.temperature is None else fields.temperature,
+        top_p=defaults.top_p if fields.top_p is None else fields.top_p,
+        top_k=fields.top_k or 0,
+        max_output_tokens=fields.max_output_tokens or defaults.max_output_tokens,
+        max_tool_calls=fields.max_tool_calls,
+        stop=stop_strings(fields.stop),
+        truncation=fields.truncation or "disabled",
+        reasoning=_reasoning(fields.reasoning),
+        text=_text(fields.text),
+        tools=function_tools(fields.tools or []),
+        tool_choice=fields.tool_choice or "auto",
+        parallel_tool_calls=fields.parallel_tool_calls is not False,
+        metadata=fields.metadata or {},
+        safety_identifier=fields.safety_identifier,
+        prompt_cache_key=fields.prompt_cache_key,
+        user=fields.user,
+    )
+    return Call(
+        request=request,
+        stream=bool(fields.stream),
+        generate=fields.generate is not False,
+        seed=fields.seed,
+        stream_id=fields.stream_id,
+    )
+
+
+def _refuse_unservable(fields: _Body) -> None:
+    if fields.background:
+        raise RequestError("`background` is not served here; stream the answer, or wait for it.", param="background")
+    if fields.conversation is not None:
+        raise RequestError(
+            "`conversation` is not served here; continue with `previous_response_id`.", param="conversation"
+        )
+    if fields.prompt is not None:
+        raise RequestError("`prompt` templates are not served here; send the text as `input`.", param="prompt")
+    if fields.top_logprobs:
+        raise RequestError("`top_logprobs` is not served here; leave it out.", param="top_logprobs")
+
+
+def _reasoning(asked: Reasoning | None) -> dict[str, Any] | None:
+    return None if asked is None else {"effort": effort(asked.effort), "summary": asked.summary}
+
+
+def _text(asked: dict[str, Any] | None) -> dict[str, Any]:
+    form = (asked or {}).get("format")
+    kind = form.get("type", "text") if isinstance(form, dict) else "text"
+    if kind != "text":
+        raise RequestError(f"`text.format` {kind!r} is not served here; only text is.", param="text.format")
+    return {"format": {"type": "text"}}
+
+
+def on_lane(event: Event, stream_id: str | None) -> Event:
+    """Events of a response that was asked for on a lane name it; the log itself does not know lanes."""
+    return event if stream_id is None else event | {"stream_id": stream_id}
+
+
+def deleted(response_id: str) -> dict[str, Any]:
+    """The answer to `DELETE /v1/responses/{id}`."""
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+def node_event(response_id: str, node: str, region: str, stream_id: str | None) -> Event:
+    """Extension: which node answers from now on."""
+    return on_lane({"type": "edgechat:node", "response_id": response_id, "node": node, "region": region}, stream_id)
+
+
+def progress_event(response_id: str, computed: int, total: int, stream_id: str | None) -> Event:
+    """Extension: how much of the prompt has been read, in tokens."""
+    event = {"type": "edgechat:progress", "response_id": response_id, "computed": computed, "total": total}
+    return on_lane(event, stream_id)

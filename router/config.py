@@ -1,0 +1,150 @@
+"""What an operator can set: router.toml as Structs, and the checks that no single field can make.
+
+Does not read files or the environment (`router/__main__` hands both in).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from core.errors import ConfigError
+from core.settings import is_loopback, load_settings
+
+Role: TypeAlias = Literal["chat", "admin"]
+Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+
+MIB = 1024 * 1024
+_NAME = re.compile(r"[a-z0-9-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class RouterSection(_Section, frozen=True):
+    """name: part of every response id, so that any router knows whose response it is."""
+
+    name: str = "router"
+    region: str = ""
+
+
+class Listen(_Section, frozen=True):
+    """allowed_origins: pages of other sites that may use this router, as browsers write them ("https://a.example")."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    tls_cert: str = ""
+    tls_key: str = ""
+    allowed_origins: list[str] = []
+    compression: bool = False
+
+
+class LinkSection(_Section, frozen=True):
+    """secret_file: the bearer secret of the router-node link, shared by all routers and nodes."""
+
+    secret_file: str = ""
+
+
+class Discovery(_Section, frozen=True):
+    """consul: its HTTP address; empty = the static list serves. advertise: the "host:port" that others reach us at."""
+
+    consul: str = ""
+    static: list[str] = []
+    routers: list[str] = []
+    advertise: str = ""
+
+
+class StoreSection(_Section, frozen=True):
+    path: str = "data/router.sqlite"
+
+
+class Defaults(_Section, frozen=True):
+    """What a request that does not say gets. model: of the plain shim; empty = the first that is served."""
+
+    model: str = ""
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.7
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 0.95
+    max_output_tokens: Positive = 1024
+
+
+class Limits(_Section, frozen=True):
+    max_frame_bytes: Positive = MIB
+    max_connections: Positive = 10_000
+    max_queued_per_connection: Positive = 16
+    max_lanes_per_connection: Positive = 16
+    connection_life_s: Positive = 3600
+    slow_reader_bytes: Positive = MIB
+    slow_reader_s: Positive = 20
+
+
+class SessionSection(_Section, frozen=True):
+    """orphan_grace_s: how long a stored response goes on after its last reader left."""
+
+    orphan_grace_s: Annotated[float, Meta(ge=0)] = 30.0
+
+
+class Key(_Section, frozen=True):
+    """An API key by its digest: `printf %s "$KEY" | sha256sum`."""
+
+    id: str
+    sha256: str
+    tenant: str
+    roles: list[Role]
+
+
+class Auth(_Section, frozen=True):
+    """dev_key: accept the key `dev` with both roles; only while listening on loopback."""
+
+    dev_key: bool = False
+    keys: list[Key] = []
+
+
+class Config(_Section, frozen=True):
+    router: RouterSection = RouterSection()
+    listen: Listen = Listen()
+    link: LinkSection = LinkSection()
+    discovery: Discovery = Discovery()
+    store: StoreSection = StoreSection()
+    defaults: Defaults = Defaults()
+    limits: Limits = Limits()
+    session: SessionSection = SessionSection()
+    auth: Auth = Auth()
+
+
+def load_config(text: str, environ: Mapping[str, str], where: str) -> Config:
+    """Read router.toml with ROUTER__SECTION__KEY laid over it; raises ConfigError naming the key."""
+    config = load_settings(Config, text, environ, prefix="ROUTER", where=where)
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    if not _NAME.fullmatch(config.router.name):
+        raise ConfigError(f"`router.name` is {config.router.name!r}; use only a-z, 0-9 and `-`.")
+    if bool(config.listen.tls_cert) != bool(config.listen.tls_key):
+        raise ConfigError("`listen.tls_cert` and `listen.tls_key` belong together; set both or neither.")
+    for url in config.discovery.static:
+        if not url.startswith(("ws://", "wss://")):
+            raise ConfigError(f"`discovery.static` has {url!r}; write ws://host:port or wss://host:port.")
+    for key in config.auth.keys:
+        if not _SHA256.fullmatch(key.sha256):
+            raise ConfigError(f"`auth.keys` entry {key.id!r} has no SHA-256 of 64 hex digits; see `sha256sum`.")
+    if not config.auth.dev_key and not config.auth.keys:
+        raise ConfigError("No key could ever be accepted; list some under [[auth.keys]], or set `auth.dev_key`.")
+    if not is_loopback(config.listen.host):
+        _check_public(config)
+
+
+def _check_public(config: Config) -> None:
+    host = config.listen.host
+    if config.auth.dev_key:
+        raise ConfigError(f"`auth.dev_key` is set while listening on {host}; remove it or listen on 127.0.0.1.")
+    if not config.link.secret_file:
+        raise ConfigError(f"`link.secret_file` is missing while listening on {host}; name one or listen on 127.0.0.1.")

@@ -1,0 +1,108 @@
+"""From a checked call to a running response: model, history, node, record.
+
+The one place where a response's id and seed are made. Does not know the dialects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from core.conversation import MAX_ITEMS, Item
+from core.errors import NoNodeAvailable, PreviousResponseNotFound, RequestError, UnknownModel
+from core.stream import RequestRecord, output_items
+from router.api.call import Call, rendered
+from router.errors import Draining
+from router.fleet import Fleet
+from router.policy import choose
+from router.session import Instant
+from router.sessions import Reader, Running, Sessions
+from router.store import StoredResponse
+
+MAX_TURNS = 1000
+
+
+class Library(Protocol):
+    """What of `store.ResponseStore` a conversation is read from."""
+
+    async def get(self, tenant: str, response_id: str) -> StoredResponse | None: ...
+
+
+class Dispatcher:
+    """link_secret: keys the nodes' prefix stores per tenant; the same on every router."""
+
+    def __init__(
+        self,
+        name: str,
+        link_secret: str,
+        fleet: Fleet,
+        sessions: Sessions,
+        store: Library,
+        now: Callable[[], Instant],
+    ) -> None:
+        self.draining = False
+        self._name = name
+        self._link_secret = link_secret.encode()
+        self._fleet = fleet
+        self._sessions = sessions
+        self._store = store
+        self._now = now
+
+    async def begin(
+        self, tenant: str, call: Call, reader: Reader, kept: Mapping[str, StoredResponse] | None = None
+    ) -> Running:
+        """Promise a response; from here on the reader is told everything, the end included.
+
+        kept: finished responses that only this client's connection remembers.
+        Raises UnknownModel, PreviousResponseNotFound, NoNodeAvailable, RequestError, Draining.
+        """
+        if self.draining:
+            raise Draining
+        model = call.request.model
+        if not self._fleet.knows(model):
+            known = self._fleet.models()
+            raise UnknownModel(model, known) if known else NoNodeAvailable(model)
+        history = call.history or await self._history(tenant, call.request.previous_response_id, kept or {})
+        items = rendered(call.request, history)
+        if len(items) > MAX_ITEMS:
+            raise RequestError(
+                f"The conversation has {len(items)} items, at most {MAX_ITEMS} are taken.", param="input"
+            )
+        # From the choice to its dispatch nothing is awaited: what was chosen is still true.
+        choice = choose(self._fleet.ready(self._now().mono_s), model)
+        if choice is None:
+            raise NoNodeAvailable(model)
+        record = self._record(tenant, call, choice.release)
+        if not call.generate:
+            return self._sessions.warm_up(record, reader)
+        return self._sessions.start(record, items, choice.node.url, reader, self._salt(tenant))
+
+    def _record(self, tenant: str, call: Call, release: str) -> RequestRecord:
+        return RequestRecord(
+            id=f"{call.prefix}_{self._name}_{secrets.token_hex(12)}",
+            tenant=tenant,
+            created_at=self._now().unix_s,
+            seed=secrets.randbits(63) if call.seed is None else call.seed,
+            release=release,
+            request=call.request,
+        )
+
+    def _salt(self, tenant: str) -> str:
+        return hmac.new(self._link_secret, tenant.encode(), hashlib.sha256).hexdigest()
+
+    async def _history(self, tenant: str, response_id: str | None, kept: Mapping[str, StoredResponse]) -> list[Item]:
+        """Everything said up to and including `response_id`; instructions are not part of it."""
+        turns: list[list[Item]] = []
+        while response_id is not None:
+            past = kept.get(response_id) or await self._store.get(tenant, response_id)
+            if past is None:
+                raise PreviousResponseNotFound(response_id)
+            if len(turns) == MAX_TURNS:
+                sentence = f"The conversation has more than {MAX_TURNS} turns; start a new one with a summary."
+                raise RequestError(sentence, param="previous_response_id")
+            turns.append([*past.record.request.input, *output_items(past.record, past.ids, past.deltas)])
+            response_id = past.record.request.previous_response_id
+        return [item for turn in reversed(turns) for item in turn]

@@ -1,0 +1,98 @@
+"""What every handler needs, put together once by `router/server`."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from aiohttp import web
+
+from router.auth import Keyring, Principal, presented_key, subprotocols
+from router.config import Config, Role
+from router.dispatch import Dispatcher
+from router.fleet import Fleet
+from router.http.outbox import Outbox
+from router.metrics import Metrics
+from router.session import Instant
+from router.sessions import Sessions
+from router.store import StoredResponse
+
+
+class Store(Protocol):
+    """What of `store.ResponseStore` clients can ask for."""
+
+    async def get(self, tenant: str, response_id: str) -> StoredResponse | None: ...
+    async def delete(self, tenant: str, response_id: str) -> bool: ...
+
+
+class Closable(Protocol):
+    """An open WebSocket that can be told to go."""
+
+    async def close(self, code: int) -> None: ...
+
+
+@dataclass(eq=False)
+class Context:
+    """peers: every open WebSocket, for shutdown. outboxes: every stream being written, for the slow-reader timer."""
+
+    config: Config
+    keyring: Keyring
+    fleet: Fleet
+    sessions: Sessions
+    dispatcher: Dispatcher
+    store: Store
+    metrics: Metrics
+    now: Callable[[], Instant]
+    peers: set[Closable] = field(default_factory=set)
+    outboxes: set[Outbox] = field(default_factory=set)
+    connections: int = 0
+
+    def on_tick(self) -> None:
+        """Every 250 ms."""
+        now_s = self.now().mono_s
+        self.sessions.on_tick()
+        for outbox in list(self.outboxes):
+            if outbox.behind(now_s):
+                self.metrics.slow_readers.inc()
+                outbox.abort()
+
+    def new_outbox(self, request: web.Request) -> Outbox:
+        """A bounded way to this client, watched until `outboxes.discard`."""
+        limits = self.config.limits
+        outbox = Outbox(
+            request.transport,
+            lambda: self.now().mono_s,
+            most_bytes=limits.slow_reader_bytes,
+            most_s=limits.slow_reader_s,
+        )
+        self.outboxes.add(outbox)
+        return outbox
+
+
+CONTEXT: web.AppKey[Context] = web.AppKey("context", Context)
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def context_of(request: web.Request) -> Context:
+    return request.app[CONTEXT]
+
+
+def principal(request: web.Request, role: Role | None) -> Principal:
+    """Who asks; role None = any key will do. Raises NotAuthorised or Forbidden."""
+    offered = subprotocols(request.headers.get("Sec-WebSocket-Protocol"))
+    who = context_of(request).keyring.authenticate(presented_key(request.headers.get("Authorization"), offered))
+    if role is not None:
+        who.require(role)
+    return who
+
+
+def request_id(request: web.Request) -> str:
+    """The client's own `x-request-id` if it is a plain word, else a new one; the same for the whole request."""
+    if REQUEST_ID not in request:
+        given = request.headers.get("x-request-id", "")
+        request[REQUEST_ID] = given if _PLAIN_ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
+    return request[REQUEST_ID]

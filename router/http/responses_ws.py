@@ -1,0 +1,176 @@
+"""The Responses dialect over WebSocket: the primary protocol.
+
+One response at a time per lane; a lane is a `stream_id`, or its absence. Every lane with something to
+do has one task; what is said to the client goes through one outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+
+from aiohttp import web
+
+from core.errors import EdgechatError, Overloaded, RequestError, ResponseNotFound
+from core.stream import Event
+from router.api.call import Call
+from router.api.errors import error_event
+from router.api.responses import (
+    Cancel,
+    Create,
+    node_event,
+    on_lane,
+    parse_event,
+    progress_event,
+    stream_id_of,
+)
+from router.auth import subprotocols
+from router.errors import ConnectionLimitReached
+from router.fleet import Node
+from router.http.context import Context, context_of, principal
+from router.http.websocket import Peer, require_upgrade
+from router.store import StoredResponse
+
+log = logging.getLogger(__name__)
+
+JSON_SUBPROTOCOL = "responses.v1.json"
+EXTENSIONS_SUBPROTOCOL = "edgechat.ext.v1"
+MAX_KEPT = 64
+
+
+async def connect(request: web.Request) -> web.StreamResponse:
+    """`GET /v1/responses` with Upgrade."""
+    require_upgrade(request)
+    who = principal(request, "chat")
+    offered = subprotocols(request.headers.get("Sec-WebSocket-Protocol"))
+    context = context_of(request)
+    life_min = context.config.limits.connection_life_s // 60
+    peer = Peer(request, (JSON_SUBPROTOCOL,), lambda: error_event(ConnectionLimitReached(life_min)))
+    connection = ResponsesConnection(context, who.tenant, peer, extensions=EXTENSIONS_SUBPROTOCOL in offered)
+    try:
+        return await peer.run(connection.on_text, connection.on_binary)
+    finally:
+        await connection.leave()
+
+
+class ResponsesConnection:
+    """One client's lanes, and the unstored responses that only this connection remembers.
+
+    Invariant: a lane is in `_lanes` exactly while its task runs; at most `max_queued_per_connection` calls wait.
+    """
+
+    def __init__(self, context: Context, tenant: str, peer: Peer, *, extensions: bool) -> None:
+        self.peer = peer
+        self.extensions = extensions
+        self._context = context
+        self._tenant = tenant
+        self._lanes: dict[str | None, deque[Call]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+
+    def on_text(self, text: str) -> None:
+        try:
+            match parse_event(text, self._context.config.defaults):
+                case Create(call):
+                    self._queue(call)
+                case Cancel(response_id):
+                    self._cancel(response_id)
+        except EdgechatError as error:
+            self._refuse(error, stream_id_of(text))
+
+    def on_binary(self) -> None:
+        self._refuse(RequestError("Binary frames are not spoken here; send JSON in text frames."), None)
+
+    def keep(self, response: StoredResponse) -> None:
+        """Remember an unstored response for `previous_response_id`, the newest `MAX_KEPT` of them."""
+        self._kept[response.record.id] = response
+        while len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+
+    async def leave(self) -> None:
+        """The client is gone: its responses lose their reader."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _queue(self, call: Call) -> None:
+        limits = self._context.config.limits
+        lane = self._lanes.get(call.stream_id)
+        if lane is not None:
+            if sum(map(len, self._lanes.values())) >= limits.max_queued_per_connection:
+                most = limits.max_queued_per_connection
+                raise Overloaded(f"{most} requests wait on this connection, which is its limit; wait for an answer.")
+            lane.append(call)
+            return
+        if len(self._lanes) >= limits.max_lanes_per_connection:
+            most = limits.max_lanes_per_connection
+            raise Overloaded(f"{most} lanes are busy on this connection, which is its limit; wait for an answer.")
+        self._lanes[call.stream_id] = lane = deque([call])
+        task = asyncio.create_task(self._run_lane(call.stream_id, lane), name=f"lane of {self.peer.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_lane(self, stream_id: str | None, calls: deque[Call]) -> None:
+        try:
+            while calls:
+                await self._answer(calls.popleft())
+        finally:
+            del self._lanes[stream_id]
+
+    async def _answer(self, call: Call) -> None:
+        reader = _LaneReader(self, call.stream_id)
+        try:
+            running = await self._context.dispatcher.begin(self._tenant, call, reader, self._kept)
+        except EdgechatError as error:
+            self._refuse(error, call.stream_id)
+            return
+        except Exception:
+            log.exception("a response on %s could not be started", self.peer.id)
+            sentence = f"The router made a mistake; report the connection id {self.peer.id}."
+            self._refuse(EdgechatError(sentence), call.stream_id)
+            return
+        try:
+            await reader.over.wait()
+        finally:
+            self._context.sessions.leave(running, reader)
+
+    def _cancel(self, response_id: str) -> None:
+        running = self._context.sessions.find(self._tenant, response_id)
+        if running is None:
+            raise ResponseNotFound(response_id)
+        self._context.sessions.cancel(running)
+
+    def _refuse(self, error: EdgechatError, stream_id: str | None) -> None:
+        self._context.metrics.refusals.labels(error.code).inc()
+        self.peer.send(error_event(error, stream_id))
+
+
+class _LaneReader:
+    """Says a response's events on its lane; extension events only to clients that asked for them."""
+
+    def __init__(self, connection: ResponsesConnection, stream_id: str | None) -> None:
+        self.over = asyncio.Event()
+        self._connection = connection
+        self._stream_id = stream_id
+        self._response_id = ""
+
+    def on_events(self, events: list[Event]) -> None:
+        for event in events:
+            if event["type"] == "response.created":
+                self._response_id = event["response"]["id"]
+            self._connection.peer.send(on_lane(event, self._stream_id))
+
+    def on_serving(self, node: Node) -> None:
+        if self._connection.extensions:
+            event = node_event(self._response_id, node.hello.name, node.hello.region, self._stream_id)
+            self._connection.peer.send(event)
+
+    def on_reading(self, computed: int, total: int) -> None:
+        if self._connection.extensions:
+            self._connection.peer.send(progress_event(self._response_id, computed, total, self._stream_id))
+
+    def on_end(self, response: StoredResponse) -> None:
+        if not response.record.request.store:
+            self._connection.keep(response)
+        self.over.set()

@@ -1,0 +1,116 @@
+"""What every WebSocket of this router does alike: handshake, outbox, heartbeat, life, orderly close.
+
+Does not know what is said over it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable
+
+import msgspec
+from aiohttp import WSMsgType, web
+
+from core.stream import Event
+from router.errors import UpgradeRequired
+from router.http.context import Context, context_of, request_id
+from router.http.outbox import Outbox
+
+HEARTBEAT_S = 30.0
+CLOSE_TIMEOUT_S = 2.0
+DRAIN_CODE = 1012
+FAILED_CODE = 1011
+LIFE_CODE = 1001
+
+log = logging.getLogger(__name__)
+
+# aiohttp warns with the subprotocols a client offered, and one of them may be the client's key.
+logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
+
+
+def require_upgrade(request: web.Request) -> None:
+    """Raises UpgradeRequired for a plain GET of a WebSocket's path."""
+    if request.headers.get("Upgrade", "").lower() != "websocket":
+        raise UpgradeRequired(request.path)
+
+
+class Peer:
+    """One client's WebSocket. Invariant: only `run` writes to it, so frames never interleave.
+
+    on_limit: says what the client should be told when its connection has lived long enough.
+    """
+
+    def __init__(self, request: web.Request, protocols: tuple[str, ...], on_limit: Callable[[], Event]) -> None:
+        self.id = f"conn_{secrets.token_hex(8)}"
+        self._request = request
+        self._context: Context = context_of(request)
+        self._on_limit = on_limit
+        self._outbox: Outbox | None = None
+        self._close_code = 1000
+        listen, limits = self._context.config.listen, self._context.config.limits
+        self._socket = web.WebSocketResponse(
+            protocols=protocols,
+            compress=listen.compression,
+            max_msg_size=limits.max_frame_bytes,
+            heartbeat=HEARTBEAT_S,
+            timeout=CLOSE_TIMEOUT_S,
+        )
+        self._socket.headers["x-connection-id"] = self.id
+        self._socket.headers["x-request-id"] = request_id(request)
+
+    def send(self, message: Event) -> None:
+        """Queue a JSON text frame; never waits."""
+        if self._outbox is not None:
+            self._outbox.put(msgspec.json.encode(message))
+
+    async def close(self, code: int) -> None:
+        """Write what is queued, then close."""
+        self._close_code = code
+        if self._outbox is not None:
+            self._outbox.finish()
+
+    async def run(self, on_text: Callable[[str], None], on_binary: Callable[[], None]) -> web.WebSocketResponse:
+        """Serve until either side closes; returns the spent response for the handler to return."""
+        await self._socket.prepare(self._request)
+        self._outbox = self._context.new_outbox(self._request)
+        self._context.peers.add(self)
+        writer = asyncio.create_task(self._write(self._outbox), name=f"write {self.id}")
+        life_s = self._context.config.limits.connection_life_s
+        expiry = asyncio.get_running_loop().call_later(life_s, self._expire)
+        try:
+            async for message in self._socket:
+                if message.type is WSMsgType.TEXT:
+                    on_text(message.data)
+                elif message.type is WSMsgType.BINARY:
+                    on_binary()
+        except Exception:
+            # The handshake is long answered: a close code is all that is left to say.
+            log.exception("the connection %s failed", self.id)
+            await self._socket.close(code=FAILED_CODE)
+        finally:
+            expiry.cancel()
+            writer.cancel()
+            self._context.peers.discard(self)
+            self._context.outboxes.discard(self._outbox)
+            with contextlib.suppress(asyncio.CancelledError):
+                await writer
+        return self._socket
+
+    def _expire(self) -> None:
+        self.send(self._on_limit())
+        self._close_code = LIFE_CODE
+        if self._outbox is not None:
+            self._outbox.finish()
+
+    async def _write(self, outbox: Outbox) -> None:
+        async def write(batch: list[bytes]) -> None:
+            for frame in batch:
+                await self._socket.send_frame(frame, WSMsgType.TEXT)
+
+        # A client that is gone ends the receiving side too, which ends this task.
+        with contextlib.suppress(ConnectionError):
+            await outbox.drain(write)
+            await self._socket.close(code=self._close_code)

@@ -1,0 +1,51 @@
+"""Which node answers: the nearest that has a free slot.
+
+Pure; a decision over `Node`s that are known to be ready. First version: nearness is the link's RTT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from router.fleet import Node
+
+# Below this an RTT difference is the scheduler's jitter, not distance: such nodes are equally near.
+EQUALLY_NEAR_S = 0.001
+# A full node's line is short while it is no longer than its slots: one round of answers to wait for.
+SHORT_LINE_PER_SLOT = 1
+
+
+class Choice(NamedTuple):
+    node: Node
+    release: str
+
+
+def choose(ready: Iterable[Node], model: str, exclude: Collection[str] = ()) -> Choice | None:
+    """The node for a request of `model` (an alias, or a release named in full), or None.
+
+    Free nodes come first: nearest, then emptiest, then by url, so that an idle fleet answers a
+    conversation always from the same node, whose prefix store has its past. If all are full: the
+    least loaded, while its line is short.
+    """
+    able = [
+        Choice(node, release)
+        for node in ready
+        if node.url not in exclude and (release := node.release_for(model)) is not None
+    ]
+    free = [choice for choice in able if choice.node.occupied < choice.node.slots]
+    if free:
+        reach_s = min(_rtt_s(choice) for choice in free) + EQUALLY_NEAR_S
+        near = [choice for choice in free if _rtt_s(choice) <= reach_s]
+        return min(near, key=_crowding)
+    queueing = [choice for choice in able if choice.node.occupied < choice.node.slots * (1 + SHORT_LINE_PER_SLOT)]
+    return min(queueing, key=_crowding, default=None)
+
+
+def _rtt_s(choice: Choice) -> float:
+    """A node that was not measured yet counts as far, not as near."""
+    return float("inf") if choice.node.rtt_s is None else choice.node.rtt_s
+
+
+def _crowding(choice: Choice) -> tuple[float, str]:
+    return choice.node.occupied / max(1, choice.node.slots), choice.node.url

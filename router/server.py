@@ -1,0 +1,177 @@
+"""One router process from start to stop: links, discovery, store, sessions and the port, tied together."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import secrets
+import signal
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+from aiohttp import web
+
+from core.errors import ConfigError
+from core.frames import PROTOCOL, Hello
+from router.auth import Keyring
+from router.config import Config, Listen
+from router.dispatch import Dispatcher
+from router.fleet import STATUS_PERIOD_S, Fleet
+from router.http.app import make_app
+from router.http.context import Context, Store
+from router.http.websocket import DRAIN_CODE
+from router.link import LinkEvent, LinkPool
+from router.metrics import Metrics
+from router.registry import ConsulRegistry, Registry, RouterService, StaticRegistry
+from router.session import Instant
+from router.sessions import Keeper, Links, Sessions
+from router.store import ResponseStore
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+class AnyStore(Store, Keeper, Protocol):
+    """The store as all its users see it."""
+
+
+def now() -> Instant:
+    return Instant(time.monotonic(), int(time.time()))
+
+
+def make_context(
+    config: Config, secret: str, links: Links, store: AnyStore, clock: Callable[[], Instant] = now
+) -> Context:
+    """Tie the parts together; `links`, `store` and `clock` may be fakes."""
+    fleet, metrics = Fleet(), Metrics()
+    sessions = Sessions(links, fleet, store, metrics, clock, orphan_grace_s=config.session.orphan_grace_s)
+    dispatcher = Dispatcher(config.router.name, secret, fleet, sessions, store, clock)
+    return Context(
+        config=config,
+        keyring=Keyring(config.auth),
+        fleet=fleet,
+        sessions=sessions,
+        dispatcher=dispatcher,
+        store=store,
+        metrics=metrics,
+        now=clock,
+    )
+
+
+async def run(config: Config, secret: str) -> None:
+    """Serve until SIGTERM or SIGINT; raises ConfigError when something needed at the start cannot be had."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with serving(config, secret) as port:
+        scheme = "https" if config.listen.tls_cert else "http"
+        log.info("router %s listens at %s://%s:%d", config.router.name, scheme, config.listen.host, port)
+        await stop.wait()
+        log.info("router %s is shutting down", config.router.name)
+
+
+@asynccontextmanager
+async def serving(config: Config, secret: str) -> AsyncIterator[int]:
+    """A router from its first to its last connection; yields the port that was bound."""
+    store = await ResponseStore.open(Path(config.store.path))
+    instance = secrets.token_hex(4)
+    hello = Hello(PROTOCOL, config.router.name, instance, config.router.region)
+    links = LinkPool(hello, secret, lambda event: _hand_on(context, event))
+    context = make_context(config, secret, links, store)
+    try:
+        async with listening(context) as port:
+            registry = make_registry(config, instance, port)
+            tasks = [
+                asyncio.create_task(registry.run(links.set_addresses), name="discovery"),
+                asyncio.create_task(_tick(context), name="tick"),
+            ]
+            try:
+                yield port
+            finally:
+                context.dispatcher.draining = True
+                await registry.close()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        await links.close()
+        await store.close()
+
+
+@asynccontextmanager
+async def listening(context: Context) -> AsyncIterator[int]:
+    """The port alone, without links and discovery; on leaving, every client is told to go (1012)."""
+    # A handler must notice that its client went away, or nobody would cancel the generation.
+    runner = web.AppRunner(
+        make_app(context), handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_TIMEOUT_S
+    )
+    await runner.setup()
+    listen = context.config.listen
+    try:
+        site = web.TCPSite(runner, listen.host, listen.port, ssl_context=_tls(listen))
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(_port_problem(listen, error)) from error
+        yield runner.addresses[0][1]
+        context.dispatcher.draining = True
+        await site.stop()
+        for peer in list(context.peers):
+            await peer.close(DRAIN_CODE)
+        await context.sessions.close()
+    finally:
+        await runner.cleanup()
+
+
+def make_registry(config: Config, instance: str, port: int) -> Registry:
+    """Consul when it is configured, else the static list; raises ConfigError."""
+    discovery = config.discovery
+    if not discovery.consul:
+        return StaticRegistry(discovery.static)
+    host, _, advertised = discovery.advertise.rpartition(":")
+    service = RouterService(
+        name=config.router.name,
+        instance=instance,
+        region=config.router.region,
+        host=host or config.listen.host,
+        port=int(advertised) if advertised else port,
+        tls=bool(config.listen.tls_cert),
+    )
+    return ConsulRegistry(discovery.consul, service)
+
+
+async def _tick(context: Context) -> None:
+    while True:
+        await asyncio.sleep(STATUS_PERIOD_S)
+        try:
+            context.on_tick()
+        except Exception:
+            # One response's trouble must not stop the watch over all others.
+            log.exception("the router's timer stumbled")
+
+
+def _hand_on(context: Context, event: LinkEvent) -> None:
+    context.sessions.on_link_event(event)
+
+
+def _tls(listen: Listen) -> ssl.SSLContext | None:
+    if not listen.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(listen.tls_cert, listen.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"`listen.tls_cert` {listen.tls_cert} cannot be used: {error}.") from error
+    return context
+
+
+def _port_problem(listen: Listen, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"Port {listen.port} on {listen.host} is taken; stop what listens there, or set `listen.port`."
+    return f"The router cannot listen on {listen.host}:{listen.port}: {error.strerror or error}."

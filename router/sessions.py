@@ -1,0 +1,302 @@
+"""The table of running responses: feeds each session its events and carries out the effects.
+
+Knows the links, the fleet and the store. Does not know what clients speak: a `Reader` is told events.
+Everything runs on the event loop's thread; only writing to the store is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from core.conversation import Item
+from core.errors import StoreUnavailable
+from core.frames import Cancel, Done, Drain, Failed, Generate, Progress, Row, Started, Status, Tokens, Usage
+from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog, replay
+from router.fleet import Fleet, Node
+from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
+from router.metrics import Metrics
+from router.policy import choose
+from router.session import (
+    Deliver,
+    Effect,
+    Finished,
+    Instant,
+    NeedNode,
+    NodeFrame,
+    Reading,
+    SendNode,
+    Serving,
+    Session,
+)
+from router.store import StoredResponse
+
+log = logging.getLogger(__name__)
+
+
+class Links(Protocol):
+    """What of `link.LinkPool` a session needs."""
+
+    def send(self, node: str, frame: Generate | Cancel) -> bool: ...
+
+
+class Keeper(Protocol):
+    """What of `store.ResponseStore` a session needs."""
+
+    async def put(self, stored: StoredResponse) -> None: ...
+
+
+class Reader(Protocol):
+    """Somebody who follows a response. All calls are synchronous and must not block; `on_end` is the last."""
+
+    def on_events(self, events: list[Event]) -> None: ...
+    def on_serving(self, node: Node) -> None: ...
+    def on_reading(self, computed: int, total: int) -> None: ...
+    def on_end(self, response: StoredResponse) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """One response in the table. keep: whether it goes to the store. over: set when nothing follows.
+
+    delivered: how many events readers were given, which is the number of the next.
+    """
+
+    session: Session
+    readers: list[Reader]
+    started_at_s: float
+    keep: bool
+    delivered: int = 0
+    first_id_seen: bool = False
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def record(self) -> RequestRecord:
+        return self.session.record
+
+
+class Sessions:
+    """Invariant: a response is in the table from its dispatch until its readers know its end and, if it
+    asked for that, the store has it; so a client that saw the end can always continue from it."""
+
+    def __init__(
+        self,
+        links: Links,
+        fleet: Fleet,
+        store: Keeper,
+        metrics: Metrics,
+        now: Callable[[], Instant],
+        *,
+        orphan_grace_s: float,
+    ) -> None:
+        self._links = links
+        self._fleet = fleet
+        self._store = store
+        self._metrics = metrics
+        self._now = now
+        self._orphan_grace_s = orphan_grace_s
+        self._table: dict[str, Running] = {}
+        self._writes: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    # -- what clients do -----------------------------------------------------------------------
+
+    def start(self, record: RequestRecord, items: list[Item], node: str, reader: Reader, salt: str) -> Running:
+        """Dispatch to a node that was chosen just now; the reader gets the opening events at once."""
+        session = Session(record, items, cache_salt=salt, orphan_grace_s=self._orphan_grace_s)
+        running = self._admit(session, reader)
+        self._carry_out(running, session.start(node, self._now()))
+        return running
+
+    def warm_up(self, record: RequestRecord, reader: Reader) -> Running:
+        """Answer with nothing, without a node: the id can be continued from."""
+        session = Session(record, [], cache_salt="", orphan_grace_s=0.0)
+        running = self._admit(session, reader)
+        self._deliver(running, session.log.open())
+        end = EndRecord(status="completed", completed_at=self._now().unix_s, usage=Usage(0, 0, 0))
+        self._finish(running, session.log.close(end), Finished(record, [], [], end))
+        return running
+
+    def find(self, tenant: str, response_id: str) -> Running | None:
+        """A running response of this tenant; another tenant's is as unknown as none."""
+        running = self._table.get(response_id)
+        return running if running is not None and running.record.tenant == tenant else None
+
+    def cancel(self, running: Running, *, keep: bool = True) -> None:
+        """The client wants no more of it; keep=False: nor that it be stored."""
+        running.keep = running.keep and keep
+        self._carry_out(running, running.session.on_cancel(self._now()))
+
+    def leave(self, running: Running, reader: Reader) -> None:
+        """A reader went away; calling it after the end, or twice, changes nothing."""
+        if reader in running.readers:
+            running.readers.remove(reader)
+            self._carry_out(running, running.session.on_reader_left(self._now()))
+
+    async def close(self) -> None:
+        """End what still runs as cancelled and wait until the store has it."""
+        for running in list(self._table.values()):
+            self.cancel(running)
+        while self._writes:
+            await asyncio.wait(self._writes)
+
+    def _admit(self, session: Session, reader: Reader) -> Running:
+        running = Running(session, [reader], self._now().mono_s, session.record.request.store)
+        self._table[session.record.id] = running
+        return running
+
+    # -- what nodes do -------------------------------------------------------------------------
+
+    def on_link_event(self, event: LinkEvent) -> None:
+        """Called by the links, in order for each node."""
+        now_s = self._now().mono_s
+        match event:
+            case LinkUp(node, hello):
+                self._fleet.on_up(node, hello, now_s)
+                log.info("node %s (%s) is up at %s", hello.name, hello.region, node)
+            case LinkDown(node, reason):
+                log.warning("node at %s is down: %s", node, reason)
+                self._fleet.on_down(node, now_s)
+                self._move_from({node}, stop=False)
+            case LinkRtt(node, rtt_s):
+                self._fleet.on_rtt(node, rtt_s)
+            case LinkFrame(node, frame):
+                self._on_frame(node, frame, now_s)
+
+    def on_tick(self) -> None:
+        """Every 250 ms: move streams away from nodes that cannot be trusted, end orphans."""
+        now = self._now()
+        self._fleet.forget_long_gone(now.mono_s)
+        self._move_from(self._fleet.untrusted(now.mono_s), stop=True)
+        for running in list(self._table.values()):
+            self._carry_out(running, running.session.on_time(now))
+
+    def _on_frame(
+        self, node: str, frame: Tokens | Started | Progress | Done | Failed | Status | Drain, now_s: float
+    ) -> None:
+        match frame:
+            case Tokens(rows):
+                for row in rows:
+                    self._on_stream_frame(node, row)
+            case Status():
+                self._fleet.on_status(node, frame, now_s)
+            case Drain():
+                self._fleet.on_drain(node)
+            case _:
+                self._on_stream_frame(node, frame)
+
+    def _on_stream_frame(self, node: str, frame: NodeFrame) -> None:
+        running = self._table.get(frame.stream)
+        if running is None:
+            self._metrics.dropped_frames.inc()
+            return
+        if isinstance(frame, Row) and not running.first_id_seen:
+            running.first_id_seen = True
+            self._metrics.first_token_s.observe(self._now().mono_s - running.started_at_s)
+        self._carry_out(running, running.session.on_frame(node, frame, self._now()))
+
+    def _move_from(self, nodes: Collection[str], *, stop: bool) -> None:
+        """Continue the streams of `nodes` elsewhere. stop: the link is up, so tell the node to forget them."""
+        if not nodes:
+            return
+        for running in list(self._table.values()):
+            session, node = running.session, running.session.node
+            if node is None or node not in nodes:
+                continue
+            if stop:
+                self._links.send(node, Cancel(session.record.id, session.epoch))
+            self._metrics.moved_streams.inc()
+            self._carry_out(running, session.on_node_lost(node, self._now()))
+
+    # -- effects -------------------------------------------------------------------------------
+
+    def _carry_out(self, running: Running, effects: Iterable[Effect]) -> None:
+        todo = deque(effects)
+        session = running.session
+        while todo:
+            match todo.popleft():
+                case SendNode(node, frame):
+                    todo.extend(self._send(session, node, frame))
+                case NeedNode(release, exclude):
+                    now = self._now()
+                    choice = choose(self._fleet.ready(now.mono_s), release, exclude)
+                    todo.extend(session.assign(choice.node.url if choice else None, now))
+                case Deliver(events) if todo and isinstance(finished := todo[0], Finished):
+                    todo.popleft()
+                    self._finish(running, events, finished)
+                case Deliver(events):
+                    self._deliver(running, events)
+                case Serving(url):
+                    # Not any more, if sending to it has just failed.
+                    if url == session.node and (chosen := self._fleet.nodes.get(url)):
+                        for reader in list(running.readers):
+                            reader.on_serving(chosen)
+                case Reading(computed, total):
+                    for reader in list(running.readers):
+                        reader.on_reading(computed, total)
+                case Finished() as alone:
+                    self._finish(running, [], alone)
+
+    def _send(self, session: Session, node: str, frame: Generate | Cancel) -> list[Effect]:
+        sent = self._links.send(node, frame)
+        if isinstance(frame, Cancel):
+            return []
+        if not sent:
+            return session.on_node_lost(node, self._now())
+        self._fleet.on_dispatch(node)
+        return []
+
+    def _deliver(self, running: Running, events: list[Event]) -> None:
+        running.delivered += len(events)
+        for reader in list(running.readers):
+            reader.on_events(events)
+
+    def _finish(self, running: Running, last: list[Event], finished: Finished) -> None:
+        response = StoredResponse(finished.record, finished.ids, finished.deltas, finished.end)
+        if not running.keep:
+            self._close(running, last, response)
+            return
+        write = asyncio.create_task(self._keep(running, last, response), name=f"store {finished.record.id}")
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+
+    async def _keep(self, running: Running, last: list[Event], response: StoredResponse) -> None:
+        """Store first, then tell: whoever saw the end can continue from it."""
+        try:
+            await self._store.put(response)
+        except Exception:
+            # Whatever keeps the store from writing, the client must hear of it and not wait for ever.
+            log.exception("cannot store the response %s", response.record.id)
+            response = _unstored(response)
+            last = replay(response.record, response.ids, response.deltas, response.end)[running.delivered :]
+        self._close(running, last, response)
+
+    def _close(self, running: Running, last: list[Event], response: StoredResponse) -> None:
+        self._table.pop(response.record.id, None)
+        self._metrics.on_end(response.end.status, len(response.ids), running.session.dropped_frames)
+        self._deliver(running, last)
+        for reader in list(running.readers):
+            reader.on_end(response)
+        running.over.set()
+
+
+def _unstored(response: StoredResponse) -> StoredResponse:
+    """The same response, ended by the store's failure: its log is the one delivered, up to the end."""
+    error = StoreUnavailable("The router cannot write its store at the moment; send the request again.")
+    failure = Failure(error.code, error.message, error.retryable)
+    end = EndRecord(status="failed", completed_at=response.end.completed_at, error=failure, usage=response.end.usage)
+    return StoredResponse(response.record, response.ids, response.deltas, end)
+
+
+def response_object(response: StoredResponse) -> dict[str, object]:
+    """The response object of a finished response."""
+    log_ = StreamLog(response.record)
+    log_.extend(response.ids, response.deltas)
+    log_.close(response.end)
+    return log_.response()
