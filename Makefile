@@ -72,7 +72,7 @@ bench-first: $(HAS_DEV) model  ## export, tokens/s, time to first token, what th
 	$(PY) -m tests.bench.first
 
 model: $(HAS_RUN)
-	@$(PY) scripts/build-model --out releases/smollm2-135m
+	@$(PY) scripts/build-model --out releases/smollm2-135m >/dev/null
 
 lock: $(HAS_DEV)  ## write requirements/*.txt again; `make lock UPGRADE=1` takes newer versions
 	$(PY) scripts/lock $(if $(UPGRADE),--upgrade)
