@@ -173,7 +173,8 @@ class Node:
         self._engine = None
         self._steps_before += self._supervisor.step
         self._supervisor.ended(time.monotonic())
-        log.info("streams_lost count=%d", len(self._streams))
+        if len(self._streams):
+            log.warning("streams_lost count=%d", len(self._streams))
         sentence = f"The engine of node {self._name!r} stopped while it was answering; send the request again."
         self._send(self._streams.fail_all("engine_lost", sentence))
         self._links.send_all(self.status())
