@@ -6,6 +6,11 @@ import { element, renderMarkdown, setText } from "./dom.js";
 const CLAMP_CHARACTERS = 1_200;
 const CLAMP_LINES = 14;
 
+/** "edge-1 · eu"; a node that is named after its region is said once. */
+export function nodeLabel({ name, region }) {
+  return region === "" || region === name ? name : `${name} · ${region}`;
+}
+
 export class ExchangeView {
   #exchange = null;
   #strings = null;
@@ -111,9 +116,8 @@ export class ExchangeView {
     this.node.hidden = node === null;
     this.below.hidden = node === null && this.copy.hidden;
     if (!node) return;
-    const where = node.region ? `${node.name} · ${node.region}` : node.name;
     const moved = movedFrom ? `, ${this.#strings.movedFrom(movedFrom)}` : "";
-    setText(this.node, where + moved);
+    setText(this.node, nodeLabel(node) + moved);
     this.node.title = this.#strings.answeredBy(node.name, node.region) + (model ? ` (${model})` : "") + moved;
   }
 }

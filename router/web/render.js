@@ -2,7 +2,7 @@
 // goes to `actions`. Knows no socket and no storage.
 
 import { element, setText } from "./dom.js";
-import { ExchangeView } from "./exchange_view.js";
+import { ExchangeView, nodeLabel } from "./exchange_view.js";
 import { canRetry, canStop, MAX_QUESTION_CHARACTERS } from "./state.js";
 import { STRINGS } from "./strings.js";
 
@@ -100,7 +100,7 @@ export class View {
     const node = exchanges.findLast((exchange) => exchange.node)?.node;
     this.node.hidden = !node;
     if (node) {
-      setText(this.node, node.region ? `${node.name} · ${node.region}` : node.name);
+      setText(this.node, nodeLabel(node));
       this.node.title = strings.answeredBy(node.name, node.region);
     }
     const isTrying = phase === "waiting" || (phase === "connecting" && isRetry);

@@ -1,4 +1,4 @@
-"""A router of the page's own: serves router/web and speaks the Responses WebSocket mode as a test directs it.
+"""A router of the tests' own: serves the page as the real one does and speaks the WebSocket mode by script.
 
 A test sets `script`, which is called with a `Turn` for every `response.create`. Knows no node and no model.
 """
@@ -8,30 +8,33 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import WSMsgType, web
 
-WEB = Path(__file__).resolve().parents[2] / "router" / "web"
-CSP = (
-    "default-src 'self'; connect-src 'self' ws: wss:; object-src 'none'; base-uri 'none'; "
-    "frame-ancestors 'none'; form-action 'self'"
-)
+from router.http import pages
+
 Json = dict[str, Any]
+
+
+class Socket(NamedTuple):
+    """A client's connection: its frames, and the transport beneath, which can be cut."""
+
+    frames: web.WebSocketResponse
+    transport: asyncio.Transport
 
 
 class Turn:
     """One `response.create` and the means to answer it. `stopped` is set when the client cancels it."""
 
-    def __init__(self, socket: web.WebSocketResponse, request: Json, response_id: str) -> None:
+    def __init__(self, socket: Socket, request: Json, response_id: str) -> None:
         self.socket = socket
         self.request = request
         self.response_id = response_id
         self.stopped = asyncio.Event()
 
     async def send(self, **event: Any) -> None:
-        await self.socket.send_str(json.dumps(event))
+        await self.socket.frames.send_str(json.dumps(event))
 
     async def created(self, node: str = "edge-1", region: str = "eu") -> None:
         await self.send(type="response.created", sequence_number=0, response={"id": self.response_id})
@@ -57,14 +60,13 @@ class Turn:
         await self.ends("failed", error=error)
 
     async def refuses(self, code: str, message: str, param: str | None = None) -> None:
-        error = {"type": "invalid_request_error", "code": code, "message": message, "param": param}
-        await self.send(type="error", sequence_number=0, status=400, error=error, **error | {"type": "error"})
+        told = {"code": code, "message": message, "param": param}
+        error = {"type": "invalid_request_error", **told}
+        await self.send(type="error", sequence_number=0, status=400, error=error, **told)
 
     async def drops(self) -> None:
         """End the connection as a killed router does: without a close frame."""
-        transport = self.socket.get_extra_info("transport")
-        assert transport is not None
-        transport.abort()
+        self.socket.transport.abort()
 
     async def answers(self, *texts: str) -> None:
         await self.created()
@@ -92,7 +94,7 @@ class FakeRouter:
         self.handshakes = 0
         self._port = 0
         self._turns: dict[str, Turn] = {}
-        self._sockets: set[web.WebSocketResponse] = set()
+        self._sockets: set[Socket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._runner: web.AppRunner | None = None
 
@@ -102,8 +104,8 @@ class FakeRouter:
 
     async def up(self) -> None:
         app = web.Application()
-        app.router.add_get("/", self._page)
-        app.router.add_get("/web/{name}", self._page)
+        app.router.add_get("/", pages.index)
+        app.router.add_get("/web/{path}", pages.file)
         app.router.add_get("/v1/models", self._list_models)
         app.router.add_get("/v1/responses", self._responses)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -116,20 +118,14 @@ class FakeRouter:
         for task in self._tasks:
             task.cancel()
         for socket in list(self._sockets):
-            transport = socket.get_extra_info("transport")
-            if transport is not None:
-                transport.abort()
+            socket.transport.abort()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
 
     async def close_all(self, code: int, message: bytes) -> None:
         for socket in list(self._sockets):
-            await socket.close(code=code, message=message)
-
-    async def _page(self, request: web.Request) -> web.StreamResponse:
-        headers = {"Content-Security-Policy": CSP, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        return web.FileResponse(WEB / request.match_info.get("name", "index.html"), headers=headers)
+            await socket.frames.close(code=code, message=message)
 
     async def _list_models(self, request: web.Request) -> web.Response:
         if request.headers.get("Authorization") != f"Bearer {self.key}":
@@ -140,19 +136,21 @@ class FakeRouter:
         offered = request.headers.get("Sec-WebSocket-Protocol", "")
         if f"openai-insecure-api-key.{self.key}" not in [part.strip() for part in offered.split(",")]:
             raise web.HTTPUnauthorized
-        socket = web.WebSocketResponse(protocols=["responses.v1.json"])
-        await socket.prepare(request)
+        frames = web.WebSocketResponse(protocols=["responses.v1.json"])
+        await frames.prepare(request)
+        assert isinstance(request.transport, asyncio.Transport)
+        socket = Socket(frames, request.transport)
         self.handshakes += 1
         self._sockets.add(socket)
         try:
-            async for message in socket:
+            async for message in frames:
                 if message.type is WSMsgType.TEXT:
                     self._on_event(socket, json.loads(message.data))
         finally:
             self._sockets.discard(socket)
-        return socket
+        return frames
 
-    def _on_event(self, socket: web.WebSocketResponse, event: Json) -> None:
+    def _on_event(self, socket: Socket, event: Json) -> None:
         self.requests.append(event)
         if event["type"] == "response.cancel":
             self._turns[event["response_id"]].stopped.set()
