@@ -40,7 +40,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     store: bool = True
     truncation: Literal["auto", "disabled"] = "disabled"
     reasoning: dict[str, Any] | None = None
-    text: dict[str, Any] = {"format": {"type": "text"}}
+    text: dict[str, Any] = msgspec.field(default_factory=lambda: {"format": {"type": "text"}})
     tools: list[dict[str, Any]] = []
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
