@@ -261,7 +261,10 @@ class Node(Process):
         return [sys.executable, "-m", "edge_node", "--config", "configs/edge.toml"]
 
     def env(self) -> Mapping[str, str]:
-        """Return the keys that differ from configs/edge.toml. One thread: two nodes and the test share two cores."""
+        """Return the keys that differ from configs/edge.toml.
+
+        One thread: two nodes and the test share two cores. A short context: its cache is soon set up.
+        """
         return {
             "EDGE__NODE__NAME": self.name,
             "EDGE__NODE__REGION": self.region,
@@ -271,6 +274,7 @@ class Node(Process):
             "EDGE__LINK__SECRET_FILE": str(link_secret(self._folder)),
             "EDGE__DISCOVERY__CONSUL": self._consul.url if self._consul else "",
             "EDGE__ENGINE__THREADS": "1",
+            "EDGE__ENGINE__CONTEXT_TOKENS": "2048",
             **self._settings,
         }
 
@@ -329,6 +333,7 @@ class Router(Process):
             "ROUTER__DISCOVERY__CONSUL": self._consul.url if self._consul else "",
             "ROUTER__DISCOVERY__STATIC": json.dumps(static),
             "ROUTER__STORE__PATH": str(self._folder / f"{self.name}.sqlite"),
+            "ROUTER__DEFAULTS__MAX_OUTPUT_TOKENS": "64",
             **self._settings,
         }
 
