@@ -28,6 +28,8 @@ log = logging.getLogger("edge_node")
 
 
 def main() -> int:
+    # Until the event loop takes over, Ctrl-C just ends the process: no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     arguments = _arguments()
     try:
         settings = _read_config(arguments.config)
@@ -88,7 +90,7 @@ def _read_config(path: str) -> EdgeSettings:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration {path!r} cannot be read: {error}.") from error
+        raise ConfigError(f"The configuration {path!r} cannot be read: {_why(error)}.") from error
     return read_settings(text, os.environ, path)
 
 
@@ -100,7 +102,7 @@ def _read_secret(path: str) -> str:
         secret = Path(path).read_text(encoding="utf-8").strip()
         mode = os.stat(path).st_mode
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The link secret {path!r} cannot be read ({error}); mend link.secret_file.") from error
+        raise ConfigError(f"The link secret {path!r} cannot be read ({_why(error)}); mend link.secret_file.") from error
     if not secret:
         raise ConfigError(f"The link secret {path!r} is empty; put a long random string into it.")
     if mode & 0o077:
@@ -116,7 +118,7 @@ def _tls(listen: ListenSection) -> ssl.SSLContext | None:
         context.load_cert_chain(listen.tls_cert, listen.tls_key)
     except (OSError, ssl.SSLError) as error:
         pair = f"{listen.tls_cert!r} and {listen.tls_key!r}"
-        raise ConfigError(f"The certificate and key {pair} cannot be used: {error}.") from error
+        raise ConfigError(f"The certificate and key {pair} cannot be used: {_why(error)}.") from error
     return context
 
 
@@ -129,7 +131,11 @@ def _bind(listen: ListenSection) -> socket.socket:
         where = f"{listen.host}:{listen.port}"
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"{where} is taken by another process; set listen.port to a free port.") from error
-        raise ConfigError(f"The node cannot listen on {where}: {error.strerror or error}; mend [listen].") from error
+        raise ConfigError(f"The node cannot listen on {where}: {_why(error)}; mend [listen].") from error
+
+
+def _why(error: OSError | UnicodeDecodeError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _arguments() -> argparse.Namespace:
