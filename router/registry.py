@@ -132,15 +132,21 @@ class ConsulRegistry:
         self._timing = timing or ConsulTiming()
         self._tasks: list[asyncio.Task[None]] = []
         self._client: Any = None
+        self._closed = False
         self._failing: set[str] = set()
 
     async def run(self, on_nodes: Callable[[list[NodeAddress]], None]) -> None:
+        if self._closed:
+            return
         # py-consul ships no types, and opens its HTTP session where the loop runs.
-        self._client = consul.aio.Consul(self._host, self._port, scheme=self._scheme, verify=self._scheme == "https")
+        self._client = consul.aio.Consul(
+            _in_url(self._host), self._port, scheme=self._scheme, verify=self._scheme == "https"
+        )
         async with asyncio.TaskGroup() as group:
             self._tasks = [group.create_task(self._watch(on_nodes)), group.create_task(self._stay_registered())]
 
     async def close(self) -> None:
+        self._closed = True
         if self._client is None:
             return
         for task in self._tasks:
