@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Imported here, so that --help and usage errors do not wait for numpy, onnx and onnxruntime.
         from export.build import Order, export
 
-        manifest = export(Order(options.gguf, out, options.model or out.resolve().name, options.recipe, options.force))
+        outcome = export(Order(options.gguf, out, options.model or out.resolve().name, options.recipe, options.force))
     except EdgechatError as error:
         print(f"export: {error.message}", file=sys.stderr)
         return 1
@@ -43,11 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"export: interrupted; {out} is as it was.", file=sys.stderr)
         return 130
+    manifest = outcome.manifest
     if not manifest.batch_invariant:
-        print(f"export: warning: {manifest.claims['batch_invariance']}.", file=sys.stderr)
+        print("export: note: this variant is not batch-invariant (see claims in manifest.json).", file=sys.stderr)
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
-    took_s = time.monotonic() - started_s
-    print(f"{manifest.release} ({manifest.variant}) is in {out}: {size_mb:.0f} MB, {took_s:.1f} s.")
+    how = (
+        f"written in {time.monotonic() - started_s:.1f} s"
+        if outcome.fresh
+        else "was there already (--force writes it again)"
+    )
+    print(f"{manifest.release} ({manifest.variant}, {size_mb:.0f} MB) in {out}: {how}.")
     return 0
 
 

@@ -37,7 +37,7 @@ from export.llama_spec import FAMILY, LlamaSpec, read_spec
 from export.onnx_graph import GraphBuilder, Matrix, Table, Vector, View
 from export.recipes import Recipe
 from export.tokenizer import Speech, read_speech
-from export.verify import WrittenRelease, check_weights, is_batch_invariant
+from export.verify import Invariance, WrittenRelease, check_weights, measure_invariance
 from export.writer import HashingFile, check_target, matches, staged, write_file
 
 GRAPH_FILE = "model.onnx"
@@ -57,8 +57,16 @@ class Order:
     force: bool = False
 
 
-def export(order: Order) -> Manifest:
-    """Export one model; returns the manifest of what lies in `order.out` now.
+@dataclass(frozen=True)
+class Outcome:
+    """What lies in the release's folder now; fresh: this export wrote it, else it was there already."""
+
+    manifest: Manifest
+    fresh: bool
+
+
+def export(order: Order) -> Outcome:
+    """Export one model.
 
     A release that is there already, whole and made from the same bytes in the same way, is left as it is.
     Raises SourceError, TargetError, or ReleaseError for a bad model name; then `order.out` is as it was.
@@ -68,13 +76,13 @@ def export(order: Order) -> Manifest:
     sha256 = file_sha256(order.source)
     present = None if order.force else _already_there(order, sha256)
     if present is not None:
-        return present
+        return Outcome(present, fresh=False)
     source = GgufFile(order.source)
     spec = read_spec(source.metadata, source.tensors)
     speech = read_speech(source.metadata)
     with staged(order.out) as folder:
         manifest = _write_release(order, source, sha256, spec, speech, folder)
-    return manifest
+    return Outcome(manifest, fresh=True)
 
 
 def release_digest(source_sha256: str, tokenizer_json: bytes, chat_template: str, context_tokens: int) -> str:
@@ -127,7 +135,7 @@ def _write_release(
     ]
     written = WrittenRelease.open(folder, GRAPH_FILE)
     check_weights(written, graph.weights, order.recipe, source)
-    invariant = is_batch_invariant(written, spec)
+    invariance = measure_invariance(written, spec)
     manifest = Manifest(
         format=FORMAT,
         graph_abi=GRAPH_ABI,
@@ -143,23 +151,26 @@ def _write_release(
         kv=KvShape(spec.layers, spec.kv_heads, spec.head_dim, "float32"),
         stop_ids=list(speech.stop_ids),
         bos_id=speech.bos_id,
-        batch_invariant=invariant,
+        batch_invariant=invariance.chunks and invariance.batches,
         speech="chat_template",
         graph=GRAPH_FILE,
         tokenizer=TOKENIZER_FILE,
         chat_template=TEMPLATE_FILE,
         files=files,
-        claims=_claims(order.recipe, invariant),
+        claims=_claims(order.recipe, invariance),
     )
     write_file(folder, MANIFEST_NAME, encode_manifest(manifest))
     return manifest
 
 
-def _claims(recipe: Recipe, invariant: bool) -> dict[str, str]:
+def _claims(recipe: Recipe, invariance: Invariance) -> dict[str, str]:
     """What was checked on this very release before it was published."""
-    yes = "caches and logits are bit-identical for every chunk length tried from 2 tokens up and for batches of 1 and 8"
-    no = "chunking or batching changes last bits on the machine that exported"
-    return {"weights": weights_claim(recipe), "batch_invariance": yes if invariant else no}
+    how = {True: "bit-identical", False: "not bit-identical"}
+    return {
+        "weights": weights_claim(recipe),
+        "chunks": f"{how[invariance.chunks]} for all chunk lengths tried, from 2 tokens up, on the exporting machine",
+        "batches": f"{how[invariance.batches]} for decode batches of 1 and 8 on the exporting machine",
+    }
 
 
 def _write_weights(

@@ -39,7 +39,7 @@ def check(name: str, source: Blocks, written: Layout) -> None:
     if broken:
         raise SourceError(
             f"{broken} weights of {name!r} cannot be carried over as the recipe promises; the source holds scales that "
-            "are not finite or too far apart, take another GGUF."
+            "are too far apart, take another GGUF."
         )
 
 

@@ -50,17 +50,19 @@ class GgufFile:
 
     def floats(self, name: str) -> Floats:
         """An F32 tensor's values, not copied."""
-        return np.asarray(self._tensors[name].data, dtype=np.float32)
+        values = np.asarray(self._tensors[name].data, dtype=np.float32)
+        _refuse_infinite(name, values)
+        return values
 
 
 def read_matrix(matrix: Matrix, source: GgufFile) -> Blocks:
-    """The matrix that the graph wants, out of its source tensors."""
-    return concatenate(
-        [
-            unpermute_rotary(decode(source.raw(part.tensor), matrix.block_format), part.rotary_heads)
-            for part in matrix.parts
-        ]
-    )
+    """The matrix that the graph wants, out of its source tensors; raises SourceError if some are not finite."""
+    blocks = []
+    for part in matrix.parts:
+        decoded = decode(source.raw(part.tensor), matrix.block_format)
+        _refuse_infinite(part.tensor, decoded.scales, decoded.minimums)
+        blocks.append(unpermute_rotary(decoded, part.rotary_heads))
+    return concatenate(blocks)
 
 
 def file_sha256(path: Path) -> str:
@@ -72,6 +74,11 @@ def file_sha256(path: Path) -> str:
         raise SourceError(f"There is no file {path}; `scripts/get-model` fetches one.") from error
     except OSError as error:
         raise SourceError(f"The file {path} cannot be read ({error.strerror}); name a GGUF file.") from error
+
+
+def _refuse_infinite(name: str, *values: Floats) -> None:
+    if not all(np.isfinite(part).all() for part in values):
+        raise SourceError(f"The tensor {name!r} holds values that are not finite; the file is damaged, fetch it again.")
 
 
 def _open(path: Path) -> gguf.GGUFReader:

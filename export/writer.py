@@ -107,7 +107,6 @@ def staged(out: Path) -> Iterator[Path]:
     staging = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir(exist_ok=True)
         with _locked(staging, out):
             try:
                 _restore(staging, out)
@@ -157,15 +156,29 @@ def _clear(staging: Path) -> None:
 @contextmanager
 def _locked(staging: Path, out: Path) -> Iterator[None]:
     """Hold the staging folder; the system frees it when this process ends in any way."""
-    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = _lock(staging, out)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TargetError(f"Another export is writing {out}; wait for it to end.") from error
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(staging: Path, out: Path) -> int:
+    """Make, open and lock the staging folder; returns its descriptor."""
+    while True:
+        staging.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # another export ended just now and removed its folder
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if staging.exists() and os.path.samestat(os.fstat(descriptor), staging.stat()):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise TargetError(f"Another export is writing {out}; wait for it to end.") from error
+        os.close(descriptor)  # locked, but the folder had been removed before: once more
 
 
 def _sync_folder(folder: Path) -> None:
