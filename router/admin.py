@@ -8,7 +8,6 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from core.errors import NoNodeAvailable
 from router.fleet import aliases
 from router.http.context import context_of, principal
 from router.http.middleware import json_response
@@ -21,10 +20,10 @@ async def livez(request: web.Request) -> web.StreamResponse:
 async def readyz(request: web.Request) -> web.StreamResponse:
     """200 while at least one node can be given a stream and the router is not shutting down."""
     context = context_of(request)
-    ready = context.fleet.ready(context.now().mono_s)
-    if not ready or context.dispatcher.draining:
-        raise NoNodeAvailable("any model")
-    return json_response({"status": "ready", "nodes": len(ready)})
+    nodes = len(context.fleet.ready(context.now().mono_s))
+    if context.dispatcher.draining:
+        return json_response({"status": "draining", "nodes": nodes}, status=503)
+    return json_response({"status": "ready" if nodes else "no node", "nodes": nodes}, status=200 if nodes else 503)
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai.resources.responses.responses import AsyncResponsesConnection
+from openai.types.responses import Response
 
 from tests.router.fakes import MODEL, FakeRouter, failing, running_router, saying
 
@@ -66,7 +68,7 @@ async def test_two_turns_on_one_connection_share_a_conversation(router: FakeRout
     assert frame.items[1].ids == [100, 101]
 
 
-async def _completed(connection):  # type: ignore[no-untyped-def]
+async def _completed(connection: AsyncResponsesConnection) -> Response:
     async for event in connection:
         assert event.type != "error", event
         if event.type == "response.completed":
@@ -139,7 +141,7 @@ async def test_a_conversation_too_long_is_a_400_with_both_numbers(
 ) -> None:
     sentence = "The conversation has 9000 tokens, the model's context holds 2048; shorten it."
     router.links.node("eu", failing("context_length_exceeded", sentence)).come_up()
-    with pytest.raises(BadRequestError, match="9000 tokens.*2048") as caught:
+    with pytest.raises(BadRequestError, match=r"9000 tokens.*2048") as caught:
         await client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], stream=stream)
     assert caught.value.code == "context_length_exceeded"
 

@@ -1,0 +1,286 @@
+"""The state machine of one response: fencing, order, failover, cancelling, exactly one end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.frames import Cancel, Done, Failed, Generate, Progress, Row, Started, Timings, Usage
+from core.stream import Event, replay
+from router.session import (
+    MAX_DISPATCHES,
+    Deliver,
+    Effect,
+    Finished,
+    Instant,
+    NeedNode,
+    Reading,
+    SendNode,
+    Serving,
+    Session,
+)
+from tests.router.fakes import RELEASE, record, words
+
+NOW = Instant(10.0, 1010)
+IDS, DELTAS = words("one", " two", " three")
+STREAM = "resp_t_1"
+TERMINAL = {"response.completed", "response.incomplete", "response.failed"}
+
+
+def started(**changes: object) -> tuple[Session, list[Effect]]:
+    """A session that node `a` answers."""
+    made = record(**changes)
+    session = Session(made, made.request.input, cache_salt="salt", orphan_grace_s=30.0)
+    return session, session.start("a", NOW)
+
+
+def row(epoch: int, seq: int, count: int = 1) -> Row:
+    return Row(STREAM, epoch, seq, IDS[seq : seq + count], DELTAS[seq : seq + count])
+
+
+def done(epoch: int, finish: Any = "stop") -> Done:
+    return Done(STREAM, epoch, finish, Usage(5, 0, 4), Timings())
+
+
+def failed(epoch: int, code: str, *, retryable: bool) -> Failed:
+    return Failed(STREAM, epoch, code, retryable, "It broke; try again.")
+
+
+def events(effects: list[Effect]) -> list[Event]:
+    return [event for effect in effects if isinstance(effect, Deliver) for event in effect.events]
+
+
+def types(effects: list[Effect]) -> list[str]:
+    return [event["type"] for event in events(effects)]
+
+
+def sent(effects: list[Effect]) -> list[Generate | Cancel]:
+    return [effect.frame for effect in effects if isinstance(effect, SendNode)]
+
+
+def test_a_start_promises_the_response_then_dispatches_epoch_one() -> None:
+    _, effects = started()
+    assert types(effects) == ["response.created", "response.in_progress"]
+    assert isinstance(effects[-1], Serving)
+    (frame,) = sent(effects)
+    assert isinstance(frame, Generate)
+    assert (frame.stream, frame.epoch, frame.release, frame.output_ids) == (STREAM, 1, RELEASE, [])
+    assert (frame.seed, frame.cache_salt) == (7, "salt")
+
+
+def test_a_whole_answer_is_delivered_and_finished_once() -> None:
+    session, effects = started()
+    effects += session.on_frame("a", row(1, 0, 4), NOW)
+    effects += session.on_frame("a", done(1), NOW)
+    assert [event["sequence_number"] for event in events(effects)] == list(range(len(events(effects))))
+    assert [kind for kind in types(effects) if kind in TERMINAL] == ["response.completed"]
+    finished = effects[-1]
+    assert isinstance(finished, Finished)
+    assert events(effects) == replay(finished.record, finished.ids, finished.deltas, finished.end)
+
+
+def test_a_late_frame_from_a_dead_epoch_is_dropped() -> None:
+    session, _ = started()
+    session.on_node_lost("a", NOW)
+    session.assign("b", NOW)
+    assert session.on_frame("a", row(1, 0), NOW) == []
+    assert session.on_frame("b", row(1, 0), NOW) == []
+    assert session.dropped_frames == 2
+    assert session.ids == []
+
+
+def test_a_frame_after_the_end_is_dropped() -> None:
+    session, _ = started()
+    session.on_frame("a", done(1), NOW)
+    assert session.on_frame("a", row(1, 0), NOW) == []
+    assert session.on_frame("a", done(1), NOW) == []
+
+
+def test_ids_seen_before_are_not_said_again() -> None:
+    session, _ = started()
+    session.on_frame("a", row(1, 0, 2), NOW)
+    again = session.on_frame("a", row(1, 0, 3), NOW)
+    assert [event["delta"] for event in events(again)] == [" three"]
+    assert session.on_frame("a", row(1, 0, 3), NOW) == []
+    assert session.ids == IDS[:3]
+
+
+def test_a_gap_in_the_ids_fails_the_response_and_stops_the_node() -> None:
+    session, _ = started()
+    effects = session.on_frame("a", row(1, 2), NOW)
+    assert sent(effects) == [Cancel(STREAM, 1)]
+    assert types(effects)[-1] == "response.failed"
+
+
+def test_a_node_lost_before_the_first_id_is_replaced_silently() -> None:
+    session, _ = started()
+    assert session.on_node_lost("a", NOW) == [NeedNode(RELEASE, frozenset({"a"}))]
+    effects = session.assign("b", NOW)
+    (frame,) = sent(effects)
+    assert isinstance(frame, Generate)
+    assert (frame.epoch, frame.output_ids, frame.seed) == (2, [], 7)
+    assert types(effects) == []
+
+
+def test_a_node_lost_mid_answer_is_continued_from_the_ids_that_were_delivered() -> None:
+    session, effects = started()
+    effects += session.on_frame("a", row(1, 0, 2), NOW)
+    effects += session.on_node_lost("a", NOW)
+    effects += session.assign("b", NOW)
+    frame = sent(effects)[-1]
+    assert isinstance(frame, Generate)
+    assert (frame.epoch, frame.output_ids) == (2, IDS[:2])
+    effects += session.on_frame("b", row(2, 2, 2), NOW)
+    effects += session.on_frame("b", done(2), NOW)
+    assert [event["delta"] for event in events(effects) if "delta" in event] == ["one", " two", " three"]
+
+
+def test_the_loss_of_another_node_changes_nothing() -> None:
+    session, _ = started()
+    assert session.on_node_lost("b", NOW) == []
+
+
+def test_a_response_that_no_node_can_continue_fails_retryably_naming_the_lost_one() -> None:
+    session, _ = started()
+    session.on_node_lost("a", NOW)
+    effects = session.assign(None, NOW)
+    error = events(effects)[-1]["response"]["error"]
+    assert (error["edgechat_code"], error["retryable"]) == ("node_lost", True)
+    assert "'a'" in error["message"]
+
+
+def test_a_response_is_not_dispatched_for_ever() -> None:
+    session, _ = started()
+    for number in range(1, MAX_DISPATCHES):
+        session.on_node_lost(session.node or "", NOW)
+        session.assign(f"n{number}", NOW)
+    effects = session.on_node_lost(session.node or "", NOW)
+    assert types(effects) == ["response.failed"]
+
+
+@pytest.mark.parametrize("code", ["engine_lost", "overloaded", "draining"])
+def test_a_node_that_cannot_go_on_is_replaced(code: str) -> None:
+    session, _ = started()
+    assert session.on_frame("a", failed(1, code, retryable=True), NOW) == [NeedNode(RELEASE, frozenset({"a"}))]
+
+
+def test_a_refusal_by_the_node_reaches_the_client_as_it_is() -> None:
+    session, _ = started()
+    effects = session.on_frame("a", failed(1, "context_length_exceeded", retryable=False), NOW)
+    error = events(effects)[-1]["response"]["error"]
+    assert (error["code"], error["edgechat_code"]) == ("invalid_prompt", "context_length_exceeded")
+
+
+def test_running_out_of_tokens_is_incomplete_and_says_why() -> None:
+    session, _ = started()
+    response = events(session.on_frame("a", done(1, "length"), NOW))[-1]["response"]
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+
+
+def test_a_cancel_stops_the_node_and_keeps_what_there_is() -> None:
+    session, _ = started()
+    session.on_frame("a", row(1, 0), NOW)
+    effects = session.on_cancel(NOW)
+    assert sent(effects) == [Cancel(STREAM, 1)]
+    response = events(effects)[-1]["response"]
+    assert types(effects)[-1] == "response.incomplete"
+    assert (response["status"], response["output"][0]["content"][0]["text"]) == ("cancelled", "one")
+    assert session.on_cancel(NOW) == []
+
+
+def test_progress_is_passed_on_and_takes_no_number() -> None:
+    session, _ = started()
+    assert session.on_frame("a", Progress(STREAM, 1, 3, 9), NOW) == [Reading(3, 9)]
+
+
+def test_an_unstored_response_is_cancelled_as_soon_as_its_reader_leaves() -> None:
+    session, _ = started(store=False)
+    assert sent(session.on_reader_left(NOW)) == [Cancel(STREAM, 1)]
+
+
+def test_a_stored_response_goes_on_without_a_reader_for_the_grace_only() -> None:
+    session, _ = started()
+    assert session.on_reader_left(NOW) == []
+    assert session.wake_at_s == 40.0
+    assert session.on_time(Instant(39.9, 1039)) == []
+    assert sent(session.on_time(Instant(40.0, 1040))) == [Cancel(STREAM, 1)]
+
+
+def test_a_reader_that_comes_back_ends_the_grace() -> None:
+    session, _ = started()
+    session.on_reader_left(NOW)
+    session.on_reader_joined()
+    assert session.wake_at_s is None
+    assert session.on_time(Instant(99.0, 1099)) == []
+
+
+def test_a_response_that_ended_without_a_reader_wakes_nobody() -> None:
+    session, _ = started()
+    session.on_reader_left(NOW)
+    session.on_frame("a", done(1), NOW)
+    assert session.wake_at_s is None
+
+
+def test_usage_of_a_cut_answer_counts_what_was_read_and_said() -> None:
+    session, _ = started()
+    session.on_frame("a", Started(STREAM, 1, 12, 8), NOW)
+    session.on_frame("a", row(1, 0, 2), NOW)
+    usage = events(session.on_cancel(NOW))[-1]["response"]["usage"]
+    assert (usage["input_tokens"], usage["input_tokens_details"]["cached_tokens"], usage["output_tokens"]) == (12, 8, 2)
+
+
+_epochs = st.integers(1, 4)
+_nodes = st.sampled_from(["a", "b", "c"])
+_steps = st.one_of(
+    st.tuples(st.just("row"), _nodes, _epochs, st.integers(0, 3), st.integers(0, 4)),
+    st.tuples(st.just("done"), _nodes, _epochs),
+    st.tuples(st.just("failed"), _nodes, _epochs, st.booleans()),
+    st.tuples(st.just("lost"), _nodes),
+    st.tuples(st.just("assign"), st.one_of(st.none(), _nodes)),
+    st.tuples(st.just("cancel")),
+    st.tuples(st.just("left")),
+    st.tuples(st.just("time"), st.floats(0, 100)),
+)
+
+
+def _apply(session: Session, step: tuple[Any, ...], waiting: bool) -> list[Effect]:
+    match step:
+        case ("row", node, epoch, seq, count):
+            return session.on_frame(node, row(epoch, seq, count), NOW)
+        case ("done", node, epoch):
+            return session.on_frame(node, done(epoch), NOW)
+        case ("failed", node, epoch, retryable):
+            return session.on_frame(node, failed(epoch, "engine_lost", retryable=retryable), NOW)
+        case ("lost", node):
+            return session.on_node_lost(node, NOW)
+        case ("assign", node):
+            return session.assign(node, NOW) if waiting else []
+        case ("cancel",):
+            return session.on_cancel(NOW)
+        case ("left",):
+            return session.on_reader_left(NOW)
+        case ("time", later):
+            return session.on_time(Instant(NOW.mono_s + later, NOW.unix_s))
+    raise AssertionError(step)
+
+
+@given(st.booleans(), st.lists(_steps, max_size=30))
+def test_whatever_happens_the_log_is_the_replay_of_what_is_kept_with_one_end(
+    store: bool, steps: list[tuple[Any, ...]]
+) -> None:
+    session, effects = started(store=store)
+    for step in steps:
+        waiting = not session.ended and session.node is None
+        effects += _apply(session, step, waiting)
+    effects += session.on_cancel(NOW)
+    log = events(effects)
+    assert [event["sequence_number"] for event in log] == list(range(len(log)))
+    assert [event["type"] in TERMINAL for event in log].count(True) == 1
+    assert [isinstance(effect, Finished) for effect in effects].count(True) == 1
+    finished = effects[-1]
+    assert isinstance(finished, Finished)
+    assert finished.ids == IDS[: len(finished.ids)]
+    assert log == replay(finished.record, finished.ids, finished.deltas, finished.end)

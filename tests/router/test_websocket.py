@@ -1,0 +1,466 @@
+"""The WebSocket mode, frame by frame, with a bare client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType, WSServerHandshakeError
+from openai.types.responses.responses_server_event import ResponsesServerEvent
+from pydantic import TypeAdapter
+
+from core.frames import Progress
+from tests.router.fakes import CONFIG, MODEL, FakeRouter, done, running_router, saying, tokens, words
+
+TERMINAL = {"response.completed", "response.incomplete", "response.failed", "error"}
+SDK_EVENT: TypeAdapter[Any] = TypeAdapter(ResponsesServerEvent)
+KEY = {"Authorization": "Bearer alice"}
+
+
+@pytest.fixture
+async def router() -> AsyncIterator[FakeRouter]:
+    async with running_router() as router:
+        yield router
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[ClientSession]:
+    async with ClientSession() as session:
+        yield session
+
+
+@pytest.fixture
+async def socket(router: FakeRouter, http: ClientSession) -> AsyncIterator[ClientWebSocketResponse]:
+    async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
+        yield socket
+
+
+async def create(socket: ClientWebSocketResponse, **fields: Any) -> None:
+    await socket.send_json({"type": "response.create", "model": MODEL, "input": "hi"} | fields)
+
+
+async def until_end(socket: ClientWebSocketResponse) -> list[dict[str, Any]]:
+    """Events up to a terminal one."""
+    events: list[dict[str, Any]] = []
+    while not events or events[-1]["type"] not in TERMINAL:
+        events.append(await socket.receive_json(timeout=10))
+    return events
+
+
+async def test_every_frame_is_valid_under_the_sdks_own_models(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    router.links.node("eu", saying("Hi", " there")).come_up()
+    await create(socket, metadata={"a": "b"}, tools=[{"type": "function", "name": "f", "parameters": {}}])
+    events = await until_end(socket)
+    for event in events:
+        SDK_EVENT.validate_python(event)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert isinstance(events[0]["response"]["created_at"], int)
+    assert set(events[0]["response"]) == set(events[-1]["response"])
+    assert "stream_id" not in events[0]
+
+
+async def test_the_handshake_names_the_connection_and_never_echoes_the_key(
+    router: FakeRouter, http: ClientSession
+) -> None:
+    offered = ("openai-insecure-api-key.alice", "unheard.of", "responses.v1.json")
+    async with http.ws_connect(f"{router.ws_url}/v1/responses", protocols=offered) as socket:
+        assert socket.protocol == "responses.v1.json"
+        head = socket._response.headers
+        assert head["x-connection-id"].startswith("conn_")
+        assert "alice" not in str(head)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic alice"}])
+@pytest.mark.parametrize("path", ["/v1/responses", "/ws"])
+async def test_a_wrong_key_is_a_401_at_the_handshake(
+    router: FakeRouter, http: ClientSession, headers: dict[str, str], path: str
+) -> None:
+    with pytest.raises(WSServerHandshakeError) as caught:
+        await http.ws_connect(router.ws_url + path, headers=headers)
+    assert caught.value.status == 401
+
+
+async def test_a_page_of_another_site_is_refused_at_the_handshake(router: FakeRouter, http: ClientSession) -> None:
+    with pytest.raises(WSServerHandshakeError) as caught:
+        await http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY | {"Origin": "https://evil.example"})
+    assert caught.value.status == 403
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "param"),
+    [
+        ("{", "invalid_json", None),
+        ("[]", "invalid_json", None),
+        ('{"type": "session.update"}', "invalid_request", "type"),
+        ('{"type": "response.create", "model": "tiny"}', "invalid_request", "input"),
+        ('{"type": "response.create", "model": "tiny", "input": "x", "seed": 1e400}', "invalid_json", None),
+        ('{"type": "response.cancel", "response_id": "resp_t_0"}', "response_not_found", "response_id"),
+    ],
+)
+async def test_nonsense_is_answered_by_an_error_event_and_the_connection_stays(
+    router: FakeRouter, socket: ClientWebSocketResponse, text: str, code: str, param: str | None
+) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    await socket.send_str(text)
+    event = await socket.receive_json(timeout=10)
+    assert (event["type"], event["code"], event["error"]["code"], event["param"]) == ("error", code, code, param)
+    SDK_EVENT.validate_python(event)
+    await create(socket)
+    assert (await until_end(socket))[-1]["type"] == "response.completed"
+
+
+async def test_a_binary_frame_is_refused_and_the_connection_stays(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    await socket.send_bytes(b"\x81\xa4type")
+    assert (await socket.receive_json(timeout=10))["error"]["type"] == "invalid_request_error"
+    await create(socket)
+    assert (await until_end(socket))[-1]["type"] == "response.completed"
+
+
+async def test_an_oversized_frame_closes_with_1009(http: ClientSession) -> None:
+    limits = msgspec.structs.replace(CONFIG.limits, max_frame_bytes=1000)
+    async with (
+        running_router(msgspec.structs.replace(CONFIG, limits=limits)) as router,
+        http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket,
+    ):
+        await socket.send_str("x" * 2000)
+        assert (await socket.receive(timeout=10)).type is WSMsgType.CLOSE
+        assert socket.close_code == 1009
+
+
+async def test_an_unknown_model_lists_the_known_ones(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    await create(socket, model="gpt-9")
+    event = await socket.receive_json(timeout=10)
+    assert (event["status"], event["code"]) == (404, "model_not_found")
+    assert MODEL in event["message"]
+
+
+async def test_without_a_node_the_client_is_told_when_to_try_again(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    await create(socket)
+    event = await socket.receive_json(timeout=10)
+    assert (event["status"], event["code"]) == (503, "no_node_available")
+    assert event["retry_after_ms"] > 0
+
+
+async def test_creates_queue_on_a_connection_and_are_answered_in_order(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    for number in range(3):
+        await create(socket, metadata={"n": str(number)})
+    ends = [(await until_end(socket))[-1]["response"]["metadata"]["n"] for _ in range(3)]
+    assert ends == ["0", "1", "2"]
+
+
+async def test_too_many_queued_creates_are_refused_and_lose_nothing(http: ClientSession) -> None:
+    limits = msgspec.structs.replace(CONFIG.limits, max_queued_per_connection=1)
+    async with running_router(msgspec.structs.replace(CONFIG, limits=limits)) as router:
+        node = router.links.node("eu")
+        node.come_up()
+        async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
+            await create(socket)
+            _, first = await router.links.generates.get()
+            await create(socket)
+            await create(socket)
+            refusal = (await until_end(socket))[-1]
+            assert (refusal["type"], refusal["status"], refusal["code"]) == ("error", 503, "overloaded")
+            node.say(done(first, 0))
+            assert (await until_end(socket))[-1]["type"] == "response.completed"
+            _, second = await router.links.generates.get()
+            node.say(done(second, 0))
+            assert (await until_end(socket))[-1]["type"] == "response.completed"
+
+
+async def test_lanes_run_side_by_side_and_every_event_names_its_lane(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket, stream_id="a")
+    await create(socket, stream_id="b")
+    _, first = await router.links.generates.get()
+    _, second = await router.links.generates.get()
+    node.say(done(second, 0))
+    events = await until_end(socket)
+    assert events[-1]["stream_id"] == "b"
+    node.say(done(first, 0))
+    events += await until_end(socket)
+    assert events[-1]["stream_id"] == "a"
+    for lane in "ab":
+        numbers = [event["sequence_number"] for event in events if event["stream_id"] == lane]
+        assert numbers == list(range(len(numbers)))
+
+
+async def test_a_lane_can_continue_a_response_of_another_lane(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    await create(socket, stream_id="a", store=False)
+    first = (await until_end(socket))[-1]["response"]["id"]
+    await create(socket, stream_id="b", store=False, previous_response_id=first)
+    assert (await until_end(socket))[-1]["response"]["previous_response_id"] == first
+
+
+async def test_an_unstored_response_is_remembered_by_its_own_connection_only(
+    router: FakeRouter, http: ClientSession, socket: ClientWebSocketResponse
+) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    await create(socket, store=False)
+    first = (await until_end(socket))[-1]["response"]["id"]
+    async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as other:
+        await create(other, previous_response_id=first)
+        event = await other.receive_json(timeout=10)
+    assert (event["status"], event["code"], event["param"]) == (
+        400,
+        "previous_response_not_found",
+        "previous_response_id",
+    )
+    assert router.store.kept == {}
+
+
+async def test_a_warm_up_says_nothing_and_can_be_continued(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    await create(socket, generate=False, input="You are Ada.", store=False)
+    events = await until_end(socket)
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.completed"]
+    assert events[-1]["response"]["output"] == []
+    assert router.links.generates.empty()
+    await create(socket, previous_response_id=events[-1]["response"]["id"])
+    await until_end(socket)
+    _, frame = await router.links.generates.get()
+    assert [item.text for item in frame.items] == ["You are Ada.", "hi"]
+
+
+async def test_a_cancel_ends_the_response_and_stops_the_node(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    node.say(tokens(frame.stream, 1, 0, *(part[:1] for part in words("Hi"))))  # type: ignore[arg-type]
+    await socket.send_json({"type": "response.cancel", "response_id": frame.stream})
+    last = (await until_end(socket))[-1]
+    assert (last["type"], last["response"]["status"]) == ("response.incomplete", "cancelled")
+    _, cancel = await router.links.cancels.get()
+    assert cancel.stream == frame.stream
+
+
+async def test_extension_events_go_only_to_clients_that_offered_them(router: FakeRouter, http: ClientSession) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    offered = ("responses.v1.json", "edgechat.ext.v1", "openai-insecure-api-key.alice")
+    async with http.ws_connect(f"{router.ws_url}/v1/responses", protocols=offered) as socket:
+        await create(socket)
+        _, frame = await router.links.generates.get()
+        node.say(Progress(frame.stream, 1, 3, 9))
+        node.say(done(frame, 0))
+        events = await until_end(socket)
+    extensions = [event for event in events if event["type"].startswith("edgechat:")]
+    assert extensions == [
+        {"type": "edgechat:node", "response_id": frame.stream, "node": "eu", "region": "region-eu"},
+        {"type": "edgechat:progress", "response_id": frame.stream, "computed": 3, "total": 9},
+    ]
+    logged = [event["sequence_number"] for event in events if event not in extensions]
+    assert logged == list(range(len(logged)))
+
+
+@pytest.mark.parametrize("store", [True, False])
+async def test_a_client_that_leaves_mid_answer_cancels_at_once_or_after_the_grace(
+    router: FakeRouter, http: ClientSession, store: bool
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
+        await create(socket, store=store)
+        _, frame = await router.links.generates.get()
+    if store:
+        running = router.context.sessions.find("acme", frame.stream)
+        assert running is not None
+        await _until(lambda: running.session.wake_at_s is not None)
+        router.clock.mono_s += 29.0
+        node.status()
+        router.context.on_tick()
+        assert router.links.cancels.empty()
+        router.clock.mono_s += 1.0
+        node.status()
+        router.context.on_tick()
+    _, cancel = await asyncio.wait_for(router.links.cancels.get(), 10)
+    assert cancel.stream == frame.stream
+    await _until(lambda: len(router.context.sessions) == 0)
+    assert (("acme", frame.stream) in router.store.kept) == store
+
+
+async def _until(condition: Any) -> None:
+    """Let the server's tasks run until `condition` holds; the test's own time limit ends it."""
+    while not condition():
+        await asyncio.sleep(0)
+
+
+async def test_an_answer_moves_to_another_node_without_a_repeated_or_missing_word(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    near, far = router.links.node("near"), router.links.node("far", saying("one", " two", " three"))
+    near.come_up(0.001)
+    far.come_up(0.1)
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    ids, deltas = words("one", " two", " three")
+    near.say(tokens(frame.stream, 1, 0, ids[:2], deltas[:2]))
+    near.go_down()
+    events = await until_end(socket)
+    assert [event["delta"] for event in events if "delta" in event] == ["one", " two", " three"]
+    assert events[-1]["type"] == "response.completed"
+    _, second = await router.links.generates.get()
+    assert (second.epoch, second.output_ids) == (2, ids[:2])
+
+
+async def test_a_silent_node_loses_its_stream_and_is_told_so(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    near, far = router.links.node("near"), router.links.node("far", saying("Hi"))
+    near.come_up(0.001)
+    far.come_up(0.1)
+    await create(socket)
+    await router.links.generates.get()
+    router.clock.mono_s += 2.0
+    far.status()
+    router.context.on_tick()
+    assert (await until_end(socket))[-1]["type"] == "response.completed"
+    silent, cancel = await router.links.cancels.get()
+    assert (silent.hello.name, cancel.epoch) == ("near", 1)
+
+
+async def test_a_node_lost_with_no_other_fails_the_answer_retryably(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    await router.links.generates.get()
+    node.go_down()
+    error = (await until_end(socket))[-1]["response"]["error"]
+    assert (error["edgechat_code"], error["retryable"]) == ("node_lost", True)
+
+
+async def test_the_end_is_told_only_when_the_store_has_it(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    router.store.open.clear()
+    await create(socket)
+    types: list[str] = []
+    while not types or types[-1] != "response.output_item.done":
+        types.append((await socket.receive_json(timeout=10))["type"])
+    assert router.store.kept == {}
+    assert len(router.context.sessions) == 1
+    router.store.open.set()
+    (last,) = await until_end(socket)
+    assert ("acme", last["response"]["id"]) in router.store.kept
+
+
+async def test_a_store_that_cannot_write_ends_the_stream_retryably_with_no_number_missing(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    router.store.full = True
+    await create(socket)
+    events = await until_end(socket)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    error = events[-1]["response"]["error"]
+    assert (events[-1]["type"], error["edgechat_code"], error["retryable"]) == (
+        "response.failed",
+        "store_unavailable",
+        True,
+    )
+
+
+async def test_shutdown_closes_with_1012_and_cancels_what_runs(http: ClientSession) -> None:
+    async with running_router() as router:
+        router.links.node("eu").come_up()
+        socket = await http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY)
+        await create(socket, store=False)
+        await router.links.generates.get()
+        assert (await socket.receive_json(timeout=10))["type"] == "response.created"
+        reading = asyncio.create_task(_last(socket))
+    assert await reading is WSMsgType.CLOSE
+    assert socket.close_code == 1012
+    assert not router.links.cancels.empty()
+    assert len(router.context.sessions) == 0
+
+
+async def _last(socket: ClientWebSocketResponse) -> WSMsgType:
+    while (message := await socket.receive(timeout=10)).type is WSMsgType.TEXT:
+        pass
+    return message.type
+
+
+async def test_a_connection_that_lived_long_enough_is_told_and_closed(http: ClientSession) -> None:
+    limits = msgspec.structs.replace(CONFIG.limits, connection_life_s=1)
+    async with (
+        running_router(msgspec.structs.replace(CONFIG, limits=limits)) as router,
+        http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket,
+    ):
+        event = await socket.receive_json(timeout=30)
+        assert event["code"] == "websocket_connection_limit_reached"
+        assert await _last(socket) is WSMsgType.CLOSE
+        assert socket.close_code == 1001
+
+
+@pytest.mark.parametrize("on", [True, False])
+async def test_compression_is_negotiated_only_where_the_operator_wants_it(http: ClientSession, on: bool) -> None:
+    listen = msgspec.structs.replace(CONFIG.listen, compression=on)
+    async with running_router(msgspec.structs.replace(CONFIG, listen=listen)) as router:
+        router.links.node("eu", saying("Hi")).come_up()
+        async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY, compress=15) as socket:
+            assert ("permessage-deflate" in socket._response.headers.get("Sec-WebSocket-Extensions", "")) == on
+            await create(socket)
+            assert (await until_end(socket))[-1]["type"] == "response.completed"
+
+
+# -- the plain dialect -----------------------------------------------------------------------------
+
+
+async def test_the_plain_dialect_replies_and_remembers_the_connections_conversation(
+    router: FakeRouter, http: ClientSession
+) -> None:
+    router.links.node("eu", saying("Hello", ".")).come_up()
+    offered = ("edgechat.plain.v1", "openai-insecure-api-key.alice")
+    async with http.ws_connect(f"{router.ws_url}/ws", protocols=offered) as socket:
+        assert socket.protocol == "edgechat.plain.v1"
+        await socket.send_str('{"text":"hi"}')
+        assert await socket.receive_json(timeout=10) == {"reply": "Hello."}
+        await socket.send_str('{"text":"again"}')
+        await socket.receive_json(timeout=10)
+    await router.links.generates.get()
+    _, frame = await router.links.generates.get()
+    assert [item.text for item in frame.items] == ["hi", "Hello.", "again"]
+    assert frame.items[1].ids == [100, 101]
+    assert router.store.kept == {}
+
+
+@pytest.mark.parametrize("text", ["hi", "{}", '{"text": 1}', '{"text": "hi", "model": "gpt-9"}'])
+async def test_the_plain_dialect_answers_nonsense_by_a_clear_error_and_stays(
+    router: FakeRouter, http: ClientSession, text: str
+) -> None:
+    router.links.node("eu", saying("Hello")).come_up()
+    async with http.ws_connect(f"{router.ws_url}/ws", headers=KEY) as socket:
+        await socket.send_str(text)
+        assert json.loads((await socket.receive(timeout=10)).data)["error"]["message"]
+        await socket.send_str('{"text":"hi"}')
+        assert await socket.receive_json(timeout=10) == {"reply": "Hello"}
+
+
+async def test_the_plain_dialect_says_so_when_nothing_is_served(router: FakeRouter, http: ClientSession) -> None:
+    async with http.ws_connect(f"{router.ws_url}/ws", headers=KEY) as socket:
+        await socket.send_str('{"text":"hi"}')
+        assert (await socket.receive_json(timeout=10))["error"]["code"] == "no_node_available"
