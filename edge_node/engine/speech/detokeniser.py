@@ -12,14 +12,14 @@ from typing import Any
 from core.errors import ReleaseError
 
 
-def _printable_bytes() -> dict[str, int]:
-    """GPT-2's `bytes_to_unicode`, inverted: printable bytes stand for themselves, the others follow from U+0100."""
+def printable_bytes() -> dict[str, int]:
+    """Character -> byte: printable bytes stand for themselves, the others follow from U+0100 (GPT-2's table)."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-_BYTE_OF = _printable_bytes()
+_BYTE_OF = printable_bytes()
 
 
 def byte_table(tokenizer: dict[str, Any]) -> list[bytes]:

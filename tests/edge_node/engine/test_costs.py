@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+from edge_node.engine.costs import StepCosts
+from edge_node.engine.step import Chunk, Decode, StepPlan, StepResult
+
+
+def chunk_of(tokens: int, seconds: float) -> tuple[StepPlan, StepResult]:
+    return StepPlan(1, Chunk(0, 0, [1] * tokens, None), None, 0.0), StepResult(None, None, chunk_s=seconds)
+
+
+def decode_of(rows: int, seconds: float) -> tuple[StepPlan, StepResult]:
+    return StepPlan(1, None, Decode(0, [1] * rows, [1] * rows, []), 0.0), StepResult(None, None, decode_s=seconds)
+
+
+def test_an_unknown_cost_is_guessed_high() -> None:
+    costs = StepCosts()
+    assert costs.chunk_s(100) > 1 and costs.decode_s(1) > 0.01
+    assert costs.rates().prefill_tokens_s == 0
+
+
+def test_costs_between_two_known_ones_are_interpolated_and_beyond_them_never_too_low() -> None:
+    costs = StepCosts()
+    costs.observe(*chunk_of(32, 0.1))
+    costs.observe(*chunk_of(128, 0.3))
+    assert costs.chunk_s(80) == pytest.approx(0.2)
+    assert costs.chunk_s(2) == 0.1
+    assert costs.chunk_s(256) == pytest.approx(0.6)
+
+
+def test_costs_follow_what_is_measured() -> None:
+    costs = StepCosts()
+    costs.observe(*decode_of(1, 0.01))
+    for _ in range(50):
+        costs.observe(*decode_of(1, 0.03))
+    assert costs.decode_s(1) == pytest.approx(0.03, rel=0.01)
+
+
+def test_rates_are_those_of_a_long_prompt_and_of_one_stream() -> None:
+    costs = StepCosts()
+    costs.observe(*chunk_of(2, 0.01))
+    costs.observe(*chunk_of(128, 0.16))
+    costs.observe(*decode_of(1, 0.01))
+    costs.observe(*decode_of(8, 0.02))
+    rates = costs.rates()
+    assert rates.prefill_tokens_s == pytest.approx(800) and rates.decode_tokens_s == pytest.approx(50)

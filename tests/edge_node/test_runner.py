@@ -1,0 +1,240 @@
+"""The engine on the real small model: nothing that happens around a stream shows in it, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from core.conversation import Item
+from core.errors import ConfigError
+from core.frames import Done, Generate, Row, Sampling, Text
+from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
+from edge_node.engine import engine as engine_module
+from edge_node.engine.engine import Engine, EngineLimits
+from edge_node.engine.sampling import sample
+from edge_node.engine.speech import ChatTemplateSpeech
+from edge_node.engine.step import Logits, StepPlan, StepResult
+from edge_node.runtime.runner import DeviceUnavailable, Runner
+
+SLOTS = 8
+CONTEXT = 256
+NEW_TOKENS = 8
+GREEDY = Sampling(0.0)
+SAMPLED = Sampling(0.9, 0.95, 50)
+TOPICS = ("Hi", "Name three rivers.", "三条河流是什么？ 🏞️", "Count: " + "one two three " * 12)
+
+
+@pytest.fixture(scope="module")
+def manifest(smollm2_release: Path) -> Manifest:
+    return decode_manifest((smollm2_release / MANIFEST_NAME).read_bytes(), "the test's release")
+
+
+@pytest.fixture(scope="module")
+def speech(smollm2_release: Path, manifest: Manifest) -> ChatTemplateSpeech:
+    tokenizer, template = smollm2_release / manifest.tokenizer, smollm2_release / manifest.chat_template
+    return ChatTemplateSpeech.from_files(manifest, tokenizer.read_text(), template.read_text())
+
+
+@pytest.fixture(scope="module")
+def opened(smollm2_release: Path, manifest: Manifest) -> tuple[Runner, list[tuple[StepPlan, StepResult]]]:
+    """A runner, and what its warm-up measured."""
+    runner = Runner.open(smollm2_release, manifest, "cpu", 1, SLOTS, CONTEXT)
+    return runner, runner.warm_up()
+
+
+@pytest.fixture(scope="module")
+def runner(opened: tuple[Runner, list[tuple[StepPlan, StepResult]]]) -> Runner:
+    """Shared on purpose: its slots are full of what earlier tests left there."""
+    return opened[0]
+
+
+@pytest.fixture
+def bits(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], str]:
+    """(seed, position) -> digest of the logits that were sampled from."""
+    seen: dict[tuple[int, int], str] = {}
+
+    def recording(logits: Logits, sampling: Sampling, tokenizer_size: int, seed: int, position: int) -> int:
+        seen[seed, position] = hashlib.sha256(logits.tobytes()).hexdigest()
+        return sample(logits, sampling, tokenizer_size, seed, position)
+
+    monkeypatch.setattr(engine_module, "sample", recording)
+    return seen
+
+
+def request(manifest: Manifest, number: int, output_ids: list[int] | None = None, most: int = NEW_TOKENS) -> Generate:
+    """Eight different ones: prompt lengths from 30 to 120 tokens, half of them greedy."""
+    items = [Item("message", "user", TOPICS[number % 4] + " please" * (number // 4))]
+    sampling = SAMPLED if number % 2 else GREEDY
+    return Generate(f"s{number}", 1, manifest.release, items, output_ids or [], number, sampling, [], most)
+
+
+class Said:
+    """What one stream was told."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self.texts: list[str] = []
+
+
+def say(
+    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech, requests: list[Generate], **options: int
+) -> dict[str, Said]:
+    """Run the requests to their end; `apart` steps lie between one arrival and the next."""
+    apart, chunk_tokens = options.get("apart", 0), options.get("chunk_tokens", 256)
+    limits = EngineLimits(slots=SLOTS, context_tokens=CONTEXT, max_waiting=8, chunk_tokens=chunk_tokens)
+    engine = Engine(manifest, speech, limits)
+    said = {request.stream: Said() for request in requests}
+    coming, step, done = list(requests), 0, 0
+    while coming or engine.running or engine.waiting:
+        while coming and step >= apart * (len(requests) - len(coming)):
+            assert engine.submit(coming.pop(0), 0.0) == []
+        plan = engine.plan(0.0)
+        outputs = [] if plan is None else engine.commit(plan, runner.run(plan), 0.0)
+        engine.check_invariants()
+        for output in outputs:
+            if isinstance(output, Row):
+                heard = said[output.stream]
+                heard.ids += output.ids
+                heard.texts += ["".join(d.text for d in deltas if isinstance(d, Text)) for deltas in output.deltas]
+                heard.text = "".join(heard.texts)
+            done += isinstance(output, Done)
+        step += 1
+    assert done == len(requests) and engine.take_faults() == []
+    return said
+
+
+def test_eight_chats_at_once_give_bit_for_bit_what_each_gives_alone(
+    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech, bits: dict[tuple[int, int], str]
+) -> None:
+    requests = [request(manifest, number) for number in range(8)]
+    alone: dict[str, Said] = {}
+    for one in requests:
+        alone |= say(runner, manifest, speech, [one])
+    bits_alone = dict(bits)
+    for apart, chunk_tokens in ((0, 256), (3, 16)):
+        bits.clear()
+        together = say(runner, manifest, speech, requests, apart=apart, chunk_tokens=chunk_tokens)
+        assert bits == bits_alone
+        for stream, heard in together.items():
+            assert (heard.ids, heard.texts) == (alone[stream].ids, alone[stream].texts)
+    assert len({heard.text for heard in alone.values()}) > 4 and len(bits_alone) > 8 * 4
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 7, 24, 64])
+def test_chunk_lengths_and_padding_change_no_bit(
+    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech, bits: dict[tuple[int, int], str], chunk_tokens: int
+) -> None:
+    prompt = speech.render(request(manifest, 0).items, manifest.release)
+    assert len(prompt) < 48, "one chunk of 48 is padded"
+    one = request(manifest, 0, most=3)
+    say(runner, manifest, speech, [one])
+    padded = dict(bits)
+    bits.clear()
+    say(runner, manifest, speech, [one], chunk_tokens=chunk_tokens)
+    assert bits == padded and len(bits) == 3
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_continued_answer_is_the_uninterrupted_one(
+    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech, bits: dict[tuple[int, int], str], number: int
+) -> None:
+    whole = say(runner, manifest, speech, [request(manifest, number)])[f"s{number}"]
+    bits_whole = dict(bits)
+    for given in (1, len(whole.ids) // 2, len(whole.ids) - 1):
+        bits.clear()
+        again = request(manifest, number, output_ids=whole.ids[:given])
+        rest = say(runner, manifest, speech, [again])[again.stream]
+        assert (rest.ids, rest.texts) == (whole.ids[given:], whole.texts[given:])
+        assert bits == {key: digest for key, digest in bits_whole.items() if key[1] >= given}
+
+
+def test_an_answer_that_is_cut_inside_a_character_goes_on_with_the_whole_character(
+    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech
+) -> None:
+    # Hot enough to say rare characters, whose bytes are spread over several ids.
+    hot = Sampling(2.0, 1.0, 4000)
+    for seed in range(4, 10):
+        items = [Item("message", "user", "三条河流")]
+        one = Generate("hot", 1, manifest.release, items, [], seed, hot, [], 24)
+        whole = say(runner, manifest, speech, [one])["hot"]
+        inside = [at for at, text in enumerate(whole.texts[:-1]) if not text and any(whole.texts[at + 1 :])]
+        if inside:
+            break
+    cut = inside[0] + 1
+    again = Generate(
+        "hot", 2, one.release, one.items, whole.ids[:cut], one.seed, one.sampling, [], one.max_output_tokens
+    )
+    rest = say(runner, manifest, speech, [again])["hot"]
+    assert (rest.ids, rest.texts) == (whole.ids[cut:], whole.texts[cut:])
+
+
+def test_one_thread_and_two_give_the_same_bits(
+    smollm2_release: Path,
+    runner: Runner,
+    manifest: Manifest,
+    speech: ChatTemplateSpeech,
+    bits: dict[tuple[int, int], str],
+) -> None:
+    requests = [request(manifest, number, most=4) for number in (1, 2)]
+    say(runner, manifest, speech, requests)
+    one_thread = dict(bits)
+    bits.clear()
+    fresh = Runner.open(smollm2_release, manifest, "cpu", 2, SLOTS, CONTEXT)
+    say(fresh, manifest, speech, requests)
+    assert bits == one_thread and len(bits) == 8
+
+
+def test_the_next_turn_begins_with_what_was_seen_and_said(manifest: Manifest, speech: ChatTemplateSpeech) -> None:
+    first = [Item("message", "user", "Hi")]
+    prompt = speech.render(first, manifest.release)
+    generated = [4093, 28, 638, 506]
+    answer = Item("message", "assistant", "whatever it read like", generated, manifest.release)
+    again = speech.render([*first, answer, Item("message", "user", "<|im_end|> and?")], manifest.release)
+    assert again[: len(prompt) + 5] == [*prompt, *generated, manifest.stop_ids[0]]
+
+
+def test_a_warm_up_teaches_the_engine_its_rates(
+    opened: tuple[Runner, list[tuple[StepPlan, StepResult]]], manifest: Manifest, speech: ChatTemplateSpeech
+) -> None:
+    engine = Engine(manifest, speech, EngineLimits(slots=SLOTS, context_tokens=CONTEXT, max_waiting=0))
+    for plan, result in opened[1]:
+        engine.learn(plan, result)
+    assert engine.rates.prefill_tokens_s > 0 and engine.rates.decode_tokens_s > 0
+
+
+class TestDevice:
+    @pytest.fixture(autouse=True)
+    def no_libraries(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+        yield
+
+    def test_cuda_without_a_cuda_build_is_refused(
+        self, smollm2_release: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        with pytest.raises(DeviceUnavailable, match=r"'cuda'.*offers only CPUExecutionProvider; install the extra"):
+            Runner.open(smollm2_release, manifest, "cuda", 1, 1, 64)
+
+    def test_a_silent_fall_back_to_the_cpu_is_refused(
+        self, smollm2_release: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class FellBack:
+            def __init__(self, *_: Any, **__: Any) -> None: ...
+
+            def get_providers(self) -> list[str]:
+                return ["CPUExecutionProvider"]
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+        monkeypatch.setattr(onnxruntime, "InferenceSession", FellBack)
+        with pytest.raises(DeviceUnavailable, match="set device"):
+            Runner.open(smollm2_release, manifest, "cuda", 1, 1, 64)
+
+    def test_a_context_beyond_the_graph_is_refused(self, smollm2_release: Path, manifest: Manifest) -> None:
+        with pytest.raises(ConfigError, match="holds 2 to 8192"):
+            Runner.open(smollm2_release, manifest, "cpu", 1, 1, 8193)
