@@ -119,6 +119,7 @@ export class View {
   #renderKeyForm(phase, strings) {
     const wasHidden = this.keyForm.hidden;
     this.keyForm.hidden = phase !== "key";
+    this.changeKey.hidden = phase === "key";
     const problem = this.keyProblemText();
     setText(this.keyProblem, problem ? strings[problem] : "");
     if (wasHidden && phase === "key") this.key.focus();

@@ -104,7 +104,7 @@ const zh = {
   examples: ["说出欧洲的三条河流。", "向初学者解释什么是哈希表。", "给邻居写一张简短友好的便条。"],
   phase: { connecting: "正在连接", open: "已连接", waiting: "正在重连", closed: "已断开", key: "需要密钥" },
   waiting: (seconds) => (seconds > 0 ? `连接已断开，${seconds} 秒后重试。` : "连接已断开，正在重试。"),
-  waitingKept: "您发送的消息会保留，恢复连接后自动发出。",
+  waitingKept: "你发送的消息会保留，恢复连接后自动发出。",
   closed: (reason) => `服务器关闭了连接${reason ? `：${reason}` : "。"}`,
   tryNow: "立即重试",
   connectAgain: "重新连接",
