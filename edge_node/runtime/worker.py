@@ -11,6 +11,7 @@ Does not know routers, Consul or HTTP.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
@@ -55,6 +56,10 @@ INBOX_MESSAGES = 1024
 _PR_SET_PDEATHSIG = 1
 
 
+class HungUp(Exception):
+    """The node has closed its end: nobody is left to work for."""
+
+
 class Pipe:
     """The child's end of the socketpair, for sending from several threads."""
 
@@ -63,9 +68,13 @@ class Pipe:
         self._lock = threading.Lock()
 
     def send(self, message: ToParent) -> None:
+        """Waits until the node has taken it; raises HungUp."""
         data = encode(message)
-        with self._lock:
-            self._socket.sendall(data)
+        try:
+            with self._lock:
+                self._socket.sendall(data)
+        except OSError as error:
+            raise HungUp from error
 
     def receive(self) -> ToChild | None:
         """The node's next message; None at end of file. Raises FrameError."""
@@ -180,7 +189,16 @@ def main() -> int:
     inbox: queue.Queue[ToChild] = queue.Queue(INBOX_MESSAGES)
     threading.Thread(target=_listen, args=(pipe, inbox), name="listener", daemon=True).start()
     try:
+        return _serve_or_say_why(pipe, load, inbox)
+    except HungUp:
+        return 0
+
+
+def _serve_or_say_why(pipe: Pipe, load: Load, inbox: queue.Queue[ToChild]) -> int:
+    try:
         _serve(pipe, load, inbox)
+    except HungUp:
+        raise
     except EdgechatError as error:
         pipe.send(Fatal(error.code, error.message))
     except ImportError as error:
@@ -189,10 +207,8 @@ def main() -> int:
         pipe.send(Fatal("config_invalid", message))
     except Exception as error:
         log.critical("engine_crashed", exc_info=True)
-        kind = type(error).__name__
-        pipe.send(
-            Fatal("server_error", f"The engine failed unexpectedly ({kind}); its log says where, please report it.")
-        )
+        sentence = f"The engine failed unexpectedly ({type(error).__name__}); please report it with the node's log."
+        pipe.send(Fatal("server_error", sentence))
     return 1
 
 
@@ -255,13 +271,10 @@ def _listen(pipe: Pipe, inbox: queue.Queue[ToChild]) -> None:
 
 
 def _beat(pipe: Pipe, stepper: Stepper) -> None:
-    try:
+    with contextlib.suppress(HungUp):
         while True:
             pipe.send(stepper.pulse.beat(time.monotonic()))
             time.sleep(BEAT_S)
-    except OSError:
-        # The node is gone; the listener sees the end of file and ends the process.
-        return
 
 
 def _die_with(parent: int) -> None:

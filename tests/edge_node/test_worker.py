@@ -1,0 +1,120 @@
+"""The engine process's loop, with a real engine and pipe and a runner that stops where the test wants it."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from core.frames import Cancel, Done, Generate
+from edge_node.engine.engine import Engine, EngineLimits
+from edge_node.engine.step import StepPlan, StepResult
+from edge_node.runtime import pipe
+from edge_node.runtime.pipe import Beat, Outputs, ToChild
+from edge_node.runtime.worker import Pipe, Stepper
+from tests.e2e.waiting import eventually
+from tests.fakes import FakeRunner, FakeSpeech, fake_manifest, generate
+
+PATIENCE_S = 30.0
+
+
+class GatedRunner(FakeRunner):
+    """Runs a step only while its gate is open."""
+
+    def __init__(self, slots: int, context_tokens: int) -> None:
+        super().__init__(slots, context_tokens)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, plan: StepPlan) -> StepResult:
+        assert self.gate.wait(PATIENCE_S)
+        return super().run(plan)
+
+
+class Bench:
+    """A stepper in a thread, and the node's end of its pipe."""
+
+    def __init__(self, node: socket.socket, child: socket.socket) -> None:
+        node.settimeout(PATIENCE_S)
+        self.runner = GatedRunner(2, 64)
+        self.inbox: queue.Queue[ToChild] = queue.Queue()
+        engine = Engine(fake_manifest(), FakeSpeech(), EngineLimits(slots=2, context_tokens=64, max_waiting=4))
+        self.stepper = Stepper(engine, self.runner, Pipe(child), self.inbox)
+        self.thread = threading.Thread(target=self.stepper.run_forever, daemon=True)
+        self.thread.start()
+        self._node = node.makefile("rb")
+
+    def tell(self, *messages: Generate | Cancel) -> None:
+        for message in messages:
+            self.inbox.put(message)
+
+    def hear(self) -> Outputs:
+        length = pipe.body_bytes(self._node.read(pipe.HEADER_BYTES))
+        message = pipe.decode_to_parent(self._node.read(length))
+        assert isinstance(message, Outputs)
+        return message
+
+    def beat(self) -> Beat:
+        return self.stepper.pulse.beat(time.monotonic())
+
+    def end_of(self, *streams: str) -> dict[str, str]:
+        """How the streams finish; hears until all of them have."""
+        ends: dict[str, str] = {}
+        while len(ends) < len(streams):
+            for frame in self.hear().after:
+                assert isinstance(frame, Done)
+                ends[frame.stream] = frame.finish
+        assert set(ends) == set(streams)
+        return ends
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    node, child = socket.socketpair()
+    with node, child:
+        yield Bench(node, child)
+
+
+def test_streams_run_to_their_ends_and_the_engine_rests(bench: Bench) -> None:
+    bench.tell(generate("a", most=3), generate("b", most=5), generate("c", most=2))
+    bench.end_of("a", "b", "c")
+    eventually(lambda: bench.beat().age_s < 0)
+    beat = bench.beat()
+    assert (beat.running, beat.waiting) == (0, 0)
+    assert beat.step > 0
+
+
+def test_a_beat_tells_of_a_step_that_does_not_end(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    bench.tell(generate("a", most=2))
+    eventually(lambda: bench.beat().step == 1 and bench.beat().age_s > 0)
+    first = bench.beat()
+    assert first.predicted_s >= 0.0
+    eventually(lambda: bench.beat().age_s > first.age_s + 0.01)
+    assert bench.beat().step == 1
+    bench.runner.gate.set()
+    bench.end_of("a")
+    eventually(lambda: bench.beat().age_s < 0)
+
+
+def test_what_comes_during_a_step_is_taken_before_the_next(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    bench.tell(generate("a", most=16))
+    eventually(lambda: bench.beat().step == 1)
+    bench.tell(Cancel("a", 1), generate("b", most=2))
+    bench.runner.gate.set()
+    assert bench.end_of("a", "b")["a"] == "cancelled"
+
+
+def test_a_cancelled_stream_leaves_an_idle_engine(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    bench.tell(generate("a", most=16))
+    eventually(lambda: bench.beat().step == 1)
+    bench.tell(Cancel("a", 1))
+    bench.runner.gate.set()
+    assert bench.end_of("a") == {"a": "cancelled"}
+    eventually(lambda: bench.beat().age_s < 0 and bench.beat().running == 0)
