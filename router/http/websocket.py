@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable
 
 import msgspec
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 
 from core.stream import Event
 from router.errors import UpgradeRequired
@@ -21,6 +21,7 @@ from router.http.outbox import Outbox
 
 HEARTBEAT_S = 30.0
 CLOSE_TIMEOUT_S = 2.0
+HEAR_OUT_S = 5.0
 DRAIN_CODE = 1012
 FAILED_CODE = 1011
 LIFE_CODE = 1001
@@ -37,6 +38,40 @@ def require_upgrade(request: web.Request) -> None:
         raise UpgradeRequired(request.path)
 
 
+class _Socket(web.WebSocketResponse):
+    """aiohttp's, except that a client that sent too much is heard out, so that it can read why it is closed.
+
+    Closing while bytes are still arriving makes TCP reset, and a reset throws away the close frame.
+    """
+
+    def __init__(self, request: web.Request, protocols: tuple[str, ...]) -> None:
+        config = context_of(request).config
+        super().__init__(
+            protocols=protocols,
+            compress=config.listen.compression,
+            max_msg_size=config.limits.max_frame_bytes,
+            heartbeat=HEARTBEAT_S,
+            timeout=CLOSE_TIMEOUT_S,
+        )
+        self._client = request
+        self.silence: Callable[[], object] = lambda: None
+
+    async def close(self, *, code: int = 1000, message: bytes = b"", drain: bool = True) -> bool:
+        if code == WSCloseCode.MESSAGE_TOO_BIG and not self.closed:
+            self.silence()
+            with contextlib.suppress(ConnectionError):
+                await self.send_frame(code.to_bytes(2, "big"), WSMsgType.CLOSE)
+                await self._hear_out()
+        return await super().close(code=code, message=message, drain=drain)
+
+    async def _hear_out(self) -> None:
+        """Say that nothing follows and wait for the client to hang up, which cancels this handler."""
+        transport = self._client.transport
+        if transport is not None and transport.can_write_eof():
+            transport.write_eof()
+        await asyncio.sleep(HEAR_OUT_S)
+
+
 class Peer:
     """One client's WebSocket. Invariant: only `run` writes to it, so frames never interleave.
 
@@ -50,14 +85,7 @@ class Peer:
         self._on_limit = on_limit
         self._outbox: Outbox | None = None
         self._close_code = 1000
-        listen, limits = self._context.config.listen, self._context.config.limits
-        self._socket = web.WebSocketResponse(
-            protocols=protocols,
-            compress=listen.compression,
-            max_msg_size=limits.max_frame_bytes,
-            heartbeat=HEARTBEAT_S,
-            timeout=CLOSE_TIMEOUT_S,
-        )
+        self._socket = _Socket(request, protocols)
         self._socket.headers["x-connection-id"] = self.id
         self._socket.headers["x-request-id"] = request_id(request)
 
@@ -78,6 +106,7 @@ class Peer:
         self._outbox = self._context.new_outbox(self._request)
         self._context.peers.add(self)
         writer = asyncio.create_task(self._write(self._outbox), name=f"write {self.id}")
+        self._socket.silence = writer.cancel
         life_s = self._context.config.limits.connection_life_s
         expiry = asyncio.get_running_loop().call_later(life_s, self._expire)
         try:

@@ -12,6 +12,8 @@ import pytest
 from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType, WSServerHandshakeError
 from openai.types.responses.responses_server_event import ResponsesServerEvent
 from pydantic import TypeAdapter
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from core.frames import Progress
 from tests.router.fakes import CONFIG, MODEL, FakeRouter, done, running_router, saying, tokens, words
@@ -464,3 +466,14 @@ async def test_the_plain_dialect_says_so_when_nothing_is_served(router: FakeRout
     async with http.ws_connect(f"{router.ws_url}/ws", headers=KEY) as socket:
         await socket.send_str('{"text":"hi"}')
         assert (await socket.receive_json(timeout=10))["error"]["code"] == "no_node_available"
+
+
+async def test_a_client_still_sending_far_too_much_learns_why_it_is_closed(router: FakeRouter) -> None:
+    def send_too_much() -> int | None:
+        with connect(f"{router.ws_url}/v1/responses", additional_headers=KEY) as socket:
+            with pytest.raises(ConnectionClosed) as closed:
+                socket.send("x" * (32 * 1024 * 1024))
+                socket.recv(timeout=20)
+            return closed.value.rcvd.code if closed.value.rcvd else None
+
+    assert await asyncio.to_thread(send_too_much) == 1009
