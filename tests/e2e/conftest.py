@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.processes import Fleet, Process, build_fleet
 
 LINES_SHOWN = 80
+TEST_LIMIT_S = 300
 HERE = Path(__file__).parent
 
 
@@ -74,10 +75,12 @@ def _restore_the_shared_fleet(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark everything in this folder `e2e`."""
+    """Mark everything in this folder `e2e`, with a limit that two busy cores do not reach."""
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker("e2e")
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TEST_LIMIT_S))
 
 
 @pytest.hookimpl(wrapper=True)

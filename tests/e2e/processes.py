@@ -31,7 +31,7 @@ from tests.e2e.waiting import eventually, http
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"
-READY_S = 60.0
+READY_S = 120.0
 """A generous limit, never a measure: two busy cores may take long to load a model."""
 ATTEMPTS = 3
 LAST_WORDS_S = 5.0

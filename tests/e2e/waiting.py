@@ -20,7 +20,7 @@ PENDING = (OSError, AssertionError, LookupError, ValueError)
 """What a predicate may raise to mean 'not yet': the last one is shown if it never comes true."""
 
 
-def eventually(predicate: Callable[[], T], timeout_s: float = 20.0, what: str = "") -> T:
+def eventually(predicate: Callable[[], T], timeout_s: float = 30.0, what: str = "") -> T:
     """Call `predicate` until what it returns is true, and return that.
 
     Raises AssertionError, with the last value or error, after `timeout_s`. In an async test use `eventually_async`.
@@ -36,10 +36,10 @@ def eventually(predicate: Callable[[], T], timeout_s: float = 20.0, what: str = 
 
 
 @overload
-async def eventually_async(predicate: Callable[[], Awaitable[T]], timeout_s: float = 20.0, what: str = "") -> T: ...
+async def eventually_async(predicate: Callable[[], Awaitable[T]], timeout_s: float = 30.0, what: str = "") -> T: ...
 @overload
-async def eventually_async(predicate: Callable[[], T], timeout_s: float = 20.0, what: str = "") -> T: ...
-async def eventually_async(predicate: Callable[[], T | Awaitable[T]], timeout_s: float = 20.0, what: str = "") -> T:
+async def eventually_async(predicate: Callable[[], T], timeout_s: float = 30.0, what: str = "") -> T: ...
+async def eventually_async(predicate: Callable[[], T | Awaitable[T]], timeout_s: float = 30.0, what: str = "") -> T:
     """Do as `eventually` does without blocking the loop; the predicate may be async."""
     end_s = time.monotonic() + timeout_s
     while True:
