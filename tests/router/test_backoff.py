@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.backoff import Backoff
@@ -25,6 +25,7 @@ def test_a_connection_that_was_cut_young_counts_as_a_failure() -> None:
     assert ceilings([4.9, 4.9, 4.9]) == pytest.approx([0.1, 0.2, 0.4])
 
 
+@settings(deadline=None)
 @given(draws=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=20))
 def test_a_delay_is_the_drawn_share_of_the_ceiling(draws: list[float]) -> None:
     backoff = Backoff(iter(draws).__next__)

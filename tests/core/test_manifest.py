@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from core.errors import ReleaseError
+from core.manifest import (
+    KvShape,
+    Manifest,
+    ReleaseFile,
+    Source,
+    decode_manifest,
+    encode_manifest,
+    model_of,
+    release_name,
+)
+
+SHA = "ab" * 32
+MANIFEST = Manifest(
+    format=1,
+    graph_abi=1,
+    model="m",
+    release="m@0123456789ab",
+    variant="cpu-int8",
+    family="llama",
+    exporter_version="0.1.0",
+    source=Source("m.gguf", SHA, "llama"),
+    context_tokens=2048,
+    vocab_size=100,
+    tokenizer_size=99,
+    kv=KvShape(2, 3, 4, "float32"),
+    stop_ids=[2],
+    bos_id=None,
+    batch_invariant=True,
+    speech="chat_template",
+    graph="model.onnx",
+    tokenizer="tokenizer.json",
+    chat_template="chat_template.jinja",
+    files=[ReleaseFile(path, 1, SHA) for path in ("model.onnx", "tokenizer.json", "chat_template.jinja", "d/w.data")],
+    claims={"kl": "0.01"},
+)
+
+
+def changed(**fields: Any) -> bytes:
+    """The manifest's JSON with top-level fields replaced, None = left out."""
+    tree = json.loads(encode_manifest(MANIFEST)) | fields
+    return json.dumps({key: value for key, value in tree.items() if value != "left out"}).encode()
+
+
+def file(path: str = "extra", size_bytes: int = 1, sha256: str = SHA) -> dict[str, Any]:
+    listed = json.loads(encode_manifest(MANIFEST))["files"]
+    return {"files": [*listed, {"path": path, "size_bytes": size_bytes, "sha256": sha256}]}
+
+
+def test_a_manifest_is_written_and_read_back() -> None:
+    assert decode_manifest(encode_manifest(MANIFEST), "here") == MANIFEST
+
+
+def test_the_same_manifest_is_written_as_the_same_bytes() -> None:
+    assert encode_manifest(MANIFEST) == encode_manifest(decode_manifest(encode_manifest(MANIFEST), "here"))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "not a manifest"),
+        (b"\xff", "not a manifest"),
+        (encode_manifest(MANIFEST).replace(b'"llama"', b'"\xff"'), "not a manifest"),
+        (b'{"claims":' * 50_000, "not a manifest"),
+        (changed(model="left out"), "`model`"),
+        (changed(surprise=1), "`surprise`"),
+        (changed(vocab_size="many"), "vocab_size"),
+        (changed(format=2), "has format 2 and graph ABI 1, this version reads 1 and 1"),
+        (changed(graph_abi=9), "graph ABI 9"),
+        (changed(release="m@0123"), "not <model>@<12 hex digits>"),
+        (changed(release="other@0123456789ab"), "not <model>@<12 hex digits>"),
+        (changed(release="m@0123456789ab\n"), "not <model>@<12 hex digits>"),
+        (changed(graph="missing.onnx"), "does not list its own file 'missing.onnx'"),
+        (changed(tokenizer="missing.json"), "does not list its own file 'missing.json'"),
+        (changed(chat_template="missing.jinja"), "does not list its own file 'missing.jinja'"),
+        (changed(**file("/etc/passwd")), "leaves the release folder"),
+        (changed(**file("../secret")), "leaves the release folder"),
+        (changed(**file("a/../../secret")), "leaves the release folder"),
+        (changed(**file("a\\..\\b")), "leaves the release folder"),
+        (changed(**file(sha256="ab")), "without a proper sha256"),
+        (changed(**file(sha256="AB" * 32)), "without a proper sha256"),
+        (changed(**file(size_bytes=-1)), "without a proper sha256 and size"),
+    ],
+)
+def test_what_is_no_release_of_ours_is_refused_with_the_place_and_the_reason(data: bytes, words: str) -> None:
+    with pytest.raises(ReleaseError) as refused:
+        decode_manifest(data, "releases/m/manifest.json")
+    assert words in refused.value.message
+    assert refused.value.message.startswith("releases/m/manifest.json")
+    assert refused.value.message.endswith(".")
+
+
+def test_a_release_is_named_after_its_model_and_digest() -> None:
+    assert release_name("smollm2-135m", "0123456789abcdef") == "smollm2-135m@0123456789ab"
+    assert model_of("smollm2-135m@0123456789ab") == "smollm2-135m"
+
+
+@pytest.mark.parametrize("model", ["", "Upper", "with space", "a@b", "-a", "a/b", "a" * 65, "a\n"])
+def test_a_model_name_that_would_not_fit_a_path_or_url_is_refused(model: str) -> None:
+    with pytest.raises(ReleaseError, match="may hold only"):
+        release_name(model, "0" * 64)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("float16", 2)])
+def test_the_cache_of_a_token_is_a_key_and_a_value_per_layer_and_head(dtype: Any, width: int) -> None:
+    assert KvShape(2, 3, 4, dtype).bytes_per_token == 2 * (2 * 3 * 4) * width
