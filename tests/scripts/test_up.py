@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -104,7 +105,11 @@ def make_up(tmp_path: Path) -> Iterator[MakeUp]:
     make = MakeUp(tmp_path)
     yield make
     for up in make.made:
+        family = up.everything() if up.running else []
         up.close()
+        for stray in family:  # the stand-ins, unlike the real node, do not look after their children
+            with contextlib.suppress(psutil.NoSuchProcess):
+                stray.kill()
 
 
 def all_gone(processes: Sequence[psutil.Process]) -> bool:
@@ -162,7 +167,7 @@ def test_when_the_supervisor_itself_is_killed_the_services_end(make_up: MakeUp) 
     strays = [child for service in services for child in service.children()]
     up.kill()
     eventually(lambda: all_gone(services), what="the services have ended")
-    for stray in strays:  # the stand-ins, unlike the real node, do not look after their children
+    for stray in strays:
         stray.kill()
 
 
