@@ -144,6 +144,8 @@ class _Runner:
         options.log_severity_level = 3
         options.enable_mem_pattern = False
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        # On shared cores a spinning thread takes the time of the one it waits for.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
         spec = self.spec
         self.pool = np.zeros((2 * spec.layers, _SLOTS, spec.kv_heads, _PROMPT_TOKENS, spec.head_dim), np.float32)

@@ -26,7 +26,8 @@ PASSAGE = Path(__file__).with_name("passage.txt").read_text()
 COUNT_TOKENS = 512
 COUNT_STRINGS = 3000
 
-pytestmark = pytest.mark.slow
+# Reading a GGUF takes transformers 20 s on an idle machine, several times that beside other tests.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
