@@ -41,7 +41,7 @@ class ListenSection(_Section, frozen=True):
     """Port 0 takes any free port, which the log names."""
 
     host: str = "127.0.0.1"
-    port: Port = 7101
+    port: Port = 8081
     tls_cert: str = ""
     tls_key: str = ""
 

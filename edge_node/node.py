@@ -308,6 +308,8 @@ class Node:
             return None
         host, port = advertised(self._settings, port)
         meta = {
+            "name": self._name,
+            "scheme": "wss" if tls else "ws",
             "region": self._settings.node.region,
             "release": self._manifest.release,
             "variant": self._manifest.variant,

@@ -54,6 +54,8 @@ async def test_a_node_is_found_in_consul_once_it_is_ready_and_leaves_when_it_sto
         assert service["ID"] == f"eu-{served.node.instance}"
         assert (service["Address"], service["Port"]) == (HOST, served.port)
         assert service["Meta"] == {
+            "name": "eu",
+            "scheme": "ws",
             "region": "europe",
             "release": RELEASE,
             "variant": "test",
