@@ -135,14 +135,18 @@ def test_a_full_waiting_line_refuses_and_loses_nothing_already_accepted() -> Non
     assert {output.stream for output in outputs if isinstance(output, Done)} == {"a", "b"}
 
 
-def test_a_higher_epoch_replaces_and_others_are_dropped() -> None:
-    engine, request = engine_of(slots=1), generate("s", "second", epoch=5)
+def test_a_higher_epoch_replaces_and_equal_or_lower_ones_are_dropped() -> None:
+    engine, runner, request = engine_of(slots=1), FakeRunner(1, CONTEXT), generate("s", "second", epoch=5)
     engine.submit(generate("s", "first", epoch=4), 0.0)
-    assert engine.plan(0.0) is not None  # the first one is being run
+    plan = engine.plan(0.0)
+    assert plan is not None
     assert engine.submit(request, 0.0) == []
     assert engine.submit(generate("s", "third", epoch=5), 0.0) == []
     assert engine.submit(generate("s", "fourth", epoch=3), 0.0) == []
-    assert (engine.running, engine.waiting) == (0, 1)
+    assert engine.commit(plan, runner.run(plan), 0.0) == [], "the step was for an epoch that is dead"
+    outputs = run_dry(engine, runner)
+    assert ids_of(outputs) == said_alone(request, CONTEXT)
+    assert {output.epoch for output in outputs} == {5}
 
 
 def test_what_was_cancelled_while_its_step_ran_says_nothing_more() -> None:
