@@ -115,6 +115,7 @@ class Process:
         """
         assert threading.current_thread() is threading.main_thread(), "start processes from the main thread"
         assert not self.running, f"{self.name} runs already"
+        self._sweep()
         if not self.ports:
             self.ports = tuple(free_port() for _ in range(self.ports_needed))
         self._popen = subprocess.Popen(
@@ -195,11 +196,16 @@ class Process:
         """End it and everything it started; does nothing the second time."""
         if self._popen is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._sweep()
         self._popen.wait()
         if self._reader is not None:
             self._reader.join()
+
+    def _sweep(self) -> None:
+        """Kill what is left of the latest life, and what it started."""
+        if self._popen is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._popen.pid, signal.SIGKILL)
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None

@@ -66,6 +66,7 @@ def test_a_process_whose_port_was_taken_meanwhile_gets_another() -> None:
         try:
             process.start().wait_ready()
             assert process.port != taken
+            assert len(process.children()) == 1
         finally:
             process.close()
 
