@@ -94,6 +94,7 @@ ROOMS = (
     io("router.registry"),
     io("router.server"),
     io("router.sessions"),
+    io("router.shelf"),
     io("router.store"),
     pure("export"),
     pure("export.claims", "numpy"),
