@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from core.conversation import MAX_ITEMS, Item
 from core.errors import NoNodeAvailable, PreviousResponseNotFound, RequestError, UnknownModel
@@ -19,16 +18,10 @@ from router.errors import Draining
 from router.fleet import Fleet
 from router.policy import choose
 from router.session import Instant
-from router.sessions import Reader, Running, Sessions
+from router.sessions import Reader, Running, Sessions, Shelf
 from router.store import StoredResponse
 
 MAX_TURNS = 1000
-
-
-class Library(Protocol):
-    """What of `store.ResponseStore` a conversation is read from."""
-
-    async def get(self, tenant: str, response_id: str) -> StoredResponse | None: ...
 
 
 class Dispatcher:
@@ -40,7 +33,7 @@ class Dispatcher:
         link_secret: str,
         fleet: Fleet,
         sessions: Sessions,
-        store: Library,
+        store: Shelf,
         now: Callable[[], Instant],
     ) -> None:
         self.draining = False

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
 
 from aiohttp import web
 
@@ -23,22 +22,18 @@ from router.config import Config, Listen
 from router.dispatch import Dispatcher
 from router.fleet import STATUS_PERIOD_S, Fleet
 from router.http.app import make_app
-from router.http.context import Context, Store
+from router.http.context import Context
 from router.http.websocket import DRAIN_CODE
 from router.link import LinkEvent, LinkPool
 from router.metrics import Metrics
 from router.registry import ConsulRegistry, Registry, RouterService, StaticRegistry
 from router.session import Instant
-from router.sessions import Keeper, Links, Sessions
+from router.sessions import AnyStore, Links, Sessions, Shelf
 from router.store import ResponseStore
 
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
-
-
-class AnyStore(Store, Keeper, Protocol):
-    """The store as all its users see it."""
 
 
 def now() -> Instant:
@@ -49,16 +44,16 @@ def make_context(
     config: Config, secret: str, links: Links, store: AnyStore, clock: Callable[[], Instant] = now
 ) -> Context:
     """Tie the parts together; `links`, `store` and `clock` may be fakes."""
-    fleet, metrics = Fleet(), Metrics()
-    sessions = Sessions(links, fleet, store, metrics, clock, orphan_grace_s=config.session.orphan_grace_s)
-    dispatcher = Dispatcher(config.router.name, secret, fleet, sessions, store, clock)
+    fleet, metrics, shelf = Fleet(), Metrics(), Shelf(store)
+    sessions = Sessions(links, fleet, shelf, metrics, clock, orphan_grace_s=config.session.orphan_grace_s)
+    dispatcher = Dispatcher(config.router.name, secret, fleet, sessions, shelf, clock)
     return Context(
         config=config,
         keyring=Keyring(config.auth),
         fleet=fleet,
         sessions=sessions,
         dispatcher=dispatcher,
-        store=store,
+        store=shelf,
         metrics=metrics,
         now=clock,
     )

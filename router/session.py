@@ -255,7 +255,8 @@ class Session:
     def _fail(self, error: EdgechatError, now: Instant) -> list[Effect]:
         failure = Failure(error.code, error.message, error.retryable)
         stop = self._stop_node()
-        return [*stop, *self._end(EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage()))]
+        end = EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage())
+        return [*stop, *self._end(end)]
 
     def _end(self, end: EndRecord) -> list[Effect]:
         self.node = None

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from core.conversation import Item
 from core.errors import StoreUnavailable
@@ -36,6 +36,7 @@ from router.session import (
 from router.store import StoredResponse
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Links(Protocol):
@@ -44,10 +45,40 @@ class Links(Protocol):
     def send(self, node: str, frame: Generate | Cancel) -> bool: ...
 
 
-class Keeper(Protocol):
-    """What of `store.ResponseStore` a session needs."""
+class AnyStore(Protocol):
+    """What of `store.ResponseStore` is used."""
 
     async def put(self, stored: StoredResponse) -> None: ...
+    async def get(self, tenant: str, response_id: str) -> StoredResponse | None: ...
+    async def delete(self, tenant: str, response_id: str) -> bool: ...
+
+
+class Shelf:
+    """The store as the rest of the router sees it.
+
+    Its own errors name a file on our disk: they are logged for the operator, and every method raises
+    StoreUnavailable with a sentence fit for clients.
+    """
+
+    def __init__(self, store: AnyStore) -> None:
+        self._store = store
+
+    async def put(self, stored: StoredResponse) -> None:
+        await self._careful(self._store.put(stored))
+
+    async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
+        return await self._careful(self._store.get(tenant, response_id))
+
+    async def delete(self, tenant: str, response_id: str) -> bool:
+        return await self._careful(self._store.delete(tenant, response_id))
+
+    async def _careful(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except StoreUnavailable as error:
+            log.error("%s", error.message)
+            sentence = "The router's store cannot be used at the moment; send the request again."
+            raise StoreUnavailable(sentence, retry_after_s=error.retry_after_s or 2.0) from error
 
 
 class Reader(Protocol):
@@ -87,7 +118,7 @@ class Sessions:
         self,
         links: Links,
         fleet: Fleet,
-        store: Keeper,
+        store: Shelf,
         metrics: Metrics,
         now: Callable[[], Instant],
         *,
@@ -288,7 +319,7 @@ class Sessions:
 
 def _unstored(response: StoredResponse) -> StoredResponse:
     """The same response, ended by the store's failure: its log is the one delivered, up to the end."""
-    error = StoreUnavailable("The router cannot write its store at the moment; send the request again.")
+    error = StoreUnavailable("The answer could not be kept, which you had asked for; send the request again.")
     failure = Failure(error.code, error.message, error.retryable)
     end = EndRecord(status="failed", completed_at=response.end.completed_at, error=failure, usage=response.end.usage)
     return StoredResponse(response.record, response.ids, response.deltas, end)

@@ -17,15 +17,7 @@ from router.fleet import Fleet
 from router.http.outbox import Outbox
 from router.metrics import Metrics
 from router.session import Instant
-from router.sessions import Sessions
-from router.store import StoredResponse
-
-
-class Store(Protocol):
-    """What of `store.ResponseStore` clients can ask for."""
-
-    async def get(self, tenant: str, response_id: str) -> StoredResponse | None: ...
-    async def delete(self, tenant: str, response_id: str) -> bool: ...
+from router.sessions import Sessions, Shelf
 
 
 class Closable(Protocol):
@@ -43,7 +35,7 @@ class Context:
     fleet: Fleet
     sessions: Sessions
     dispatcher: Dispatcher
-    store: Store
+    store: Shelf
     metrics: Metrics
     now: Callable[[], Instant]
     peers: set[Closable] = field(default_factory=set)

@@ -187,6 +187,8 @@ class FakeStore:
         self.kept[stored.record.tenant, stored.record.id] = stored
 
     async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
+        if self.full:
+            raise StoreUnavailable("The store /var/lib/router.sqlite is full; make room.")
         return self.kept.get((tenant, response_id))
 
     async def delete(self, tenant: str, response_id: str) -> bool:

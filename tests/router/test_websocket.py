@@ -477,3 +477,31 @@ async def test_a_client_still_sending_far_too_much_learns_why_it_is_closed(route
             return closed.value.rcvd.code if closed.value.rcvd else None
 
     assert await asyncio.to_thread(send_too_much) == 1009
+
+
+async def test_a_reader_that_stalls_is_cut_off_and_nobody_else_notices(router: FakeRouter, http: ClientSession) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    stalled, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1)
+    writer.write(
+        b"GET /v1/responses HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer alice\r\nUpgrade: websocket\r\n"
+        b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    create_frame = json.dumps({"type": "response.create", "model": MODEL, "input": "hi", "store": False}).encode()
+    writer.write(bytes([0x81, 0x80 | len(create_frame), 0, 0, 0, 0]) + create_frame)
+    _, frame = await router.links.generates.get()
+    async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as other:
+        await create(other)
+        _, others = await router.links.generates.get()
+        seq, ids, deltas = 0, *words("x" * 1_000_000)
+        while router.links.cancels.empty():
+            node.say(tokens(frame.stream, 1, seq, ids[:1], deltas[:1] if seq == 0 else [[deltas[0][1]]]))
+            seq += 1
+            await asyncio.sleep(0)
+            router.context.on_tick()
+        node.say(done(others, 0))
+        assert (await until_end(other))[-1]["type"] == "response.completed"
+    _, cancel = await router.links.cancels.get()
+    assert cancel.stream == frame.stream
+    writer.close()
+    assert stalled.at_eof() is False
