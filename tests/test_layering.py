@@ -94,7 +94,6 @@ ROOMS = (
     io("router.registry"),
     io("router.server"),
     io("router.sessions"),
-    io("router.shelf"),
     io("router.store"),
     pure("export"),
     pure("export.claims", "numpy"),
