@@ -58,8 +58,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     context_tokens: the most positions the graph's rotary tables hold.
     vocab_size: width of `logits`; tokenizer_size: ids that the tokenizer knows (the rest is
     padding, masked by every sampler). stop_ids: the end-of-sequence id first. bos_id: what a chat
-    template calls bos_token; nothing else puts it before a prompt. batch_invariant: a row's logits do not depend on the other
-    rows of its batch (docs/ARCHITECTURE.md, determinism).
+    template calls bos_token; nothing else puts it before a prompt.
+    batch_invariant: a row's logits do not depend on the other rows of its batch
+    (docs/ARCHITECTURE.md, determinism); measured by the exporter on the machine that exported.
     """
 
     format: int
