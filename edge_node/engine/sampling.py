@@ -23,8 +23,8 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 # How far below the best logit to look for the ids that top-k and top-p keep, in units of the
-# temperature; nearly always the first suffices.
-_DEPTHS = (4.0, 8.0, 16.0, math.inf)
+# temperature. On SmolLM2 at top-p 0.95 the first suffices for 100 % of rows at temperature 0.7, 86 % at 1.
+_DEPTHS = (8.0, 16.0, math.inf)
 
 
 def uniform(seed: int, position: int) -> float:
