@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from aiohttp import web
 
 from core.errors import ResponseNotFound
@@ -66,8 +64,7 @@ async def cancel(request: web.Request) -> web.StreamResponse:
     if running is None:
         return await _stored(context, who.tenant, response_id)
     context.sessions.cancel(running)
-    # Waiting is ours alone: a client that leaves now must not keep the end from the other readers.
-    await asyncio.shield(running.over.wait())
+    await running.over.wait()
     return json_response(running.session.log.response())
 
 
