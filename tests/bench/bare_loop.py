@@ -1,6 +1,6 @@
 """Tokens per second of a release, without router, link or speech.
 
-    python -m scripts.bench_bare_loop releases/smollm2-135m --threads 2
+    python -m tests.bench.bare_loop releases/smollm2-135m --threads 2
 
 Two loops over the same runner, alternating: the bare one (run a decode batch, take the best id, again)
 and the engine's own (plan, run, sample, parse, commit). Their difference is what the engine costs.
