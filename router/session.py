@@ -23,6 +23,8 @@ from core.frames import Cancel, Delta, Done, Failed, Generate, Progress, Row, Sa
 from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog
 
 MAX_DISPATCHES = 3
+NOT_HERE = frozenset({"overloaded", "draining", "model_not_found"})
+"""Why a node sends a stream elsewhere before it has done anything for it."""
 DEFAULT_MAX_OUTPUT_TOKENS = 4096
 
 
@@ -101,10 +103,11 @@ class Session:
         self.dropped_frames = 0
         self.input_tokens = 0
         self.cached_tokens = 0
+        self.dropped_items = 0
         self._cache_salt = cache_salt
         self._orphan_grace_s = orphan_grace_s
         self._excluded: set[str] = set()
-        self._lost = ""
+        self._moved_because: Failure | None = None
         self._readers = 1
         self._orphaned_at_s: float | None = None
 
@@ -130,8 +133,7 @@ class Session:
         if self.ended:
             return []
         if node is None:
-            gone = NodeLost(self._lost) if self._lost else NoNodeAvailable(self.record.request.model)
-            return self._fail(gone, now)
+            return self._fail(self._moved_because or _failure(NoNodeAvailable(self.record.request.model)), now)
         self.node = node
         self.epoch += 1
         return [SendNode(node, self._generate()), Serving(node)]
@@ -140,11 +142,14 @@ class Session:
         """The link of `node` broke or its engine died under this stream: another node continues by ids."""
         if self.ended or node != self.node:
             return []
+        return self._move(node, _failure(NodeLost(node)), now)
+
+    def _move(self, node: str, because: Failure, now: Instant) -> list[Effect]:
         self.node = None
-        self._lost = node
+        self._moved_because = because
         self._excluded.add(node)
         if self.epoch >= MAX_DISPATCHES:
-            return self._fail(NodeLost(node), now)
+            return self._fail(because, now)
         return [NeedNode(self.record.release, frozenset(self._excluded))]
 
     def _generate(self) -> Generate:
@@ -161,6 +166,7 @@ class Session:
             max_output_tokens=request.max_output_tokens or DEFAULT_MAX_OUTPUT_TOKENS,
             tools=request.tools,
             truncation=request.truncation,
+            dropped_items=self.dropped_items,
             cache_salt=self._cache_salt,
         )
 
@@ -174,6 +180,8 @@ class Session:
         match frame:
             case Started():
                 self.input_tokens, self.cached_tokens = frame.input_tokens, frame.cached_tokens
+                # Later epochs must cut the conversation where the first did, or the ids would not fit the prompt.
+                self.dropped_items = frame.dropped_items
                 return []
             case Progress():
                 return [Reading(frame.computed, frame.total)]
@@ -188,7 +196,7 @@ class Session:
         known = len(self.ids) - row.seq
         if known < 0 or len(row.ids) != len(row.deltas):
             gap = EdgechatError(f"The node {self.node!r} skipped output ids; send the request again.")
-            return self._fail(gap, now)
+            return self._fail(_failure(gap), now)
         ids, deltas = row.ids[known:], row.deltas[known:]
         if not ids:
             return []
@@ -209,9 +217,11 @@ class Session:
         return self._end(end)
 
     def _on_failed(self, node: str, failed: Failed, now: Instant) -> list[Effect]:
-        if failed.retryable and failed.code in {"engine_lost", "overloaded", "draining"}:
+        if failed.retryable and failed.code == "engine_lost":
             return self.on_node_lost(node, now)
         failure = Failure(failed.code, failed.message, failed.retryable)
+        if failed.retryable and failed.code in NOT_HERE:
+            return self._move(node, failure, now)
         return self._end(EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage()))
 
     # -- what the client does ------------------------------------------------------------------
@@ -252,8 +262,7 @@ class Session:
     def _usage(self) -> Usage:
         return Usage(self.input_tokens, self.cached_tokens, len(self.ids))
 
-    def _fail(self, error: EdgechatError, now: Instant) -> list[Effect]:
-        failure = Failure(error.code, error.message, error.retryable)
+    def _fail(self, failure: Failure, now: Instant) -> list[Effect]:
         stop = self._stop_node()
         end = EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage())
         return [*stop, *self._end(end)]
@@ -262,3 +271,7 @@ class Session:
         self.node = None
         events = self.log.close(end)
         return [Deliver(events), Finished(self.record, self.ids, self.deltas, end)]
+
+
+def _failure(error: EdgechatError) -> Failure:
+    return Failure(error.code, error.message, error.retryable)

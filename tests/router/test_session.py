@@ -161,10 +161,27 @@ def test_a_response_is_not_dispatched_for_ever() -> None:
     assert types(effects) == ["response.failed"]
 
 
-@pytest.mark.parametrize("code", ["engine_lost", "overloaded", "draining"])
+@pytest.mark.parametrize("code", ["engine_lost", "overloaded", "draining", "model_not_found"])
 def test_a_node_that_cannot_go_on_is_replaced(code: str) -> None:
     session, _ = started()
     assert session.on_frame("a", failed(1, code, retryable=True), NOW) == [NeedNode(RELEASE, frozenset({"a"}))]
+
+
+def test_a_refusal_that_no_other_node_can_better_keeps_its_own_reason() -> None:
+    session, _ = started()
+    session.on_frame("a", failed(1, "overloaded", retryable=True), NOW)
+    (end,) = [effect.end for effect in session.assign(None, NOW) if isinstance(effect, Finished)]
+    assert end.error is not None
+    assert (end.error.code, end.error.message) == ("overloaded", "It broke; try again.")
+
+
+def test_a_conversation_that_was_cut_is_cut_at_the_same_place_by_the_next_node() -> None:
+    session, _ = started()
+    session.on_frame("a", Started(STREAM, 1, 100, 0, dropped_items=4), NOW)
+    session.on_node_lost("a", NOW)
+    (frame,) = sent(session.assign("b", NOW))
+    assert isinstance(frame, Generate)
+    assert frame.dropped_items == 4
 
 
 def test_a_refusal_by_the_node_reaches_the_client_as_it_is() -> None:
