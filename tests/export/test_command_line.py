@@ -183,7 +183,11 @@ def test_a_full_disk_gives_one_sentence_and_costs_nothing(tmp_path: Path, tiny_g
 
 
 def test_an_interrupt_is_one_line_and_costs_nothing(tmp_path: Path, tiny_gguf: Path) -> None:
-    prelude = "import export.build\nexport.build.write_file = lambda *_: os.kill(os.getpid(), signal.SIGINT)"
+    prelude = """
+import export.build
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has inherited SIG_IGN
+export.build.write_file = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+"""
     done = run_with(prelude, tiny_gguf, "--out", tmp_path / "release")
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.splitlines() == [f"export: interrupted; {tmp_path / 'release'} is as it was."]
