@@ -15,7 +15,7 @@ import msgspec
 from core.errors import Forbidden, NotAuthorised
 from core.settings import is_loopback
 from router.config import Auth, Key, Role
-from router.errors import OriginRefused
+from router.errors import HostRefused, OriginRefused
 
 DEV_KEY = "dev"
 KEY_SUBPROTOCOL = "openai-insecure-api-key."
@@ -35,7 +35,8 @@ class Principal(msgspec.Struct, frozen=True):
 
 
 def digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    # A header may hold any bytes; those that are no UTF-8 come here as surrogates.
+    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
 class Keyring:
@@ -77,13 +78,30 @@ def subprotocols(header: str | None) -> list[str]:
 
 
 def check_origin(origin: str | None, host: str | None, allowed: Iterable[str], *, loopback_only: bool) -> None:
-    """Refuse a browser's page that is neither ours nor allowed; raises OriginRefused.
+    """Refuse a browser's page that is neither ours nor allowed; raises OriginRefused or HostRefused.
 
-    Programs send no Origin and pass. loopback_only: the router trusts everybody who can reach it, so
-    a name that somebody else pointed at 127.0.0.1 (DNS rebinding) must not count as ours.
+    Programs send no Origin and pass. loopback_only: the router trusts everybody who can reach it, so a name
+    that somebody else pointed at 127.0.0.1 (DNS rebinding) must not count as ours. A page under such a name
+    sends no Origin with a GET: only its Host gives it away.
     """
-    if origin is None or origin in set(allowed):
+    if origin is not None and origin in set(allowed):
         return
-    ours = urlsplit(origin).netloc.lower() == (host or "").lower() != ""
-    if not ours or (loopback_only and not is_loopback(urlsplit(origin).hostname or "")):
+    if origin is not None and not (host and _netloc(origin) == host.lower()):
         raise OriginRefused(origin)
+    if loopback_only and host is not None and not is_loopback(_hostname(host)):
+        raise HostRefused(host)
+
+
+def _netloc(origin: str) -> str:
+    """`host:port` of an origin; empty for "null" and for nonsense."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
+
+
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

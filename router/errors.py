@@ -2,6 +2,7 @@
 
 RequestError
   OriginRefused                 origin_not_allowed      403
+  HostRefused                   host_not_allowed        403
   UpgradeRequired               upgrade_required        426
   MalformedBody                 invalid_json            400
   TooLarge                      request_too_large       413
@@ -23,6 +24,14 @@ class OriginRefused(RequestError):
         super().__init__(
             f"Pages from {origin!r} may not use this router; add the origin to `listen.allowed_origins` to allow it."
         )
+
+
+class HostRefused(RequestError):
+    code = "host_not_allowed"
+    status = 403
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"This router answers on its own machine only, not as {host!r}; call it 127.0.0.1.")
 
 
 class UpgradeRequired(RequestError):

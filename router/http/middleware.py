@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from core.errors import EdgechatError, NotImplementedYet, Overloaded, RequestError
 from router.api.errors import http_body, http_headers
@@ -15,6 +16,20 @@ from router.errors import Draining, TooLarge
 from router.http.context import context_of, request_id
 
 log = logging.getLogger(__name__)
+
+
+class _WithoutBytes(logging.Filter):
+    """aiohttp logs the bytes of a request that it cannot read, and those may be a key or a conversation."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.msg, record.args = f"{record.getMessage()}: {type(error).__name__}", ()
+            record.exc_info = None
+        return True
+
+
+logging.getLogger("aiohttp.server").addFilter(_WithoutBytes())
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # Probes must be answered whatever the load, and carry no secret.
@@ -76,11 +91,13 @@ def json_response(value: object, *, status: int = 200, headers: dict[str, str] |
 
 
 async def body_of(request: web.Request) -> bytes:
-    """The whole body; raises TooLarge."""
+    """The whole body, decompressed; raises TooLarge, or RequestError for one that is cut short or garbled."""
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise TooLarge(context_of(request).config.limits.max_frame_bytes) from error
+    except (web.RequestPayloadError, HttpProcessingError) as error:
+        raise RequestError("The body does not match its `Content-Encoding` or `Transfer-Encoding`.") from error
 
 
 def _refusal(request: web.Request, error: EdgechatError) -> web.Response:

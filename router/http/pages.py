@@ -44,6 +44,14 @@ def _page(name: str) -> web.StreamResponse:
         raise web.HTTPNotFound
     path = (WEB_FOLDER / name).resolve()
     kind = _TYPES.get(path.suffix)
-    if kind is None or not path.is_relative_to(WEB_FOLDER.resolve()) or not path.is_file():
+    if kind is None or not path.is_relative_to(WEB_FOLDER.resolve()) or not _is_file(path):
         raise web.HTTPNotFound
     return web.FileResponse(path, headers=HEADERS | {"content-type": kind})
+
+
+def _is_file(path: Path) -> bool:
+    """A name too long for the system is no file either."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

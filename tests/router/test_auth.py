@@ -5,7 +5,7 @@ import pytest
 from core.errors import Forbidden, NotAuthorised
 from router.auth import Keyring, check_origin, presented_key, subprotocols
 from router.config import Auth
-from router.errors import OriginRefused
+from router.errors import HostRefused, OriginRefused
 from tests.router.fakes import key
 
 ALICE, OPS = key("alice", "acme", "chat"), key("ops", "ops", "admin")
@@ -62,6 +62,9 @@ def test_offered_subprotocols_keep_their_order() -> None:
     ("origin", "host", "loopback_only"),
     [
         (None, "127.0.0.1:8080", True),
+        (None, "[::1]:8080", True),
+        (None, None, True),
+        (None, "chat.example", False),
         ("http://127.0.0.1:8080", "127.0.0.1:8080", True),
         ("http://localhost:8080", "localhost:8080", True),
         ("https://chat.example", "chat.example", False),
@@ -79,10 +82,19 @@ def test_programs_our_own_page_and_allowed_sites_may_call(origin: str | None, ho
         ("null", "127.0.0.1:8080", True),
         ("http://127.0.0.1:9999", "127.0.0.1:8080", True),
         ("null", None, False),
-        # A name of theirs that points at this machine.
-        ("http://evil.example:8080", "evil.example:8080", True),
+        ("http://[", "127.0.0.1:8080", True),
+        ("http://[", "http://[", False),
     ],
 )
 def test_other_sites_may_not_call(origin: str, host: str | None, loopback_only: bool) -> None:
     with pytest.raises(OriginRefused):
         check_origin(origin, host, ["https://allowed.example"], loopback_only=loopback_only)
+
+
+@pytest.mark.parametrize("host", ["evil.example:8080", "127.0.0.1.evil.example", "[", "", "192.0.2.1:8080"])
+@pytest.mark.parametrize("with_origin", [True, False])
+def test_a_name_that_others_point_at_this_machine_is_not_ours(host: str, with_origin: bool) -> None:
+    # A page sends no Origin with a GET to the host that it came from.
+    origin = f"http://{host}" if with_origin else None
+    with pytest.raises((HostRefused, OriginRefused)):
+        check_origin(origin, host, [], loopback_only=True)

@@ -187,6 +187,42 @@ async def test_a_page_of_another_site_is_refused_whatever_it_asks(http: ClientSe
         assert (answer.status, (await answer.json())["error"]["code"]) == (403, "origin_not_allowed")
 
 
+async def test_a_page_under_a_name_pointed_at_this_machine_cannot_read_the_fleet(router: FakeRouter) -> None:
+    headers = key("dev") | {"Host": f"evil.example:{router.port}"}
+    async with ClientSession(router.url, headers=headers) as http, http.get("/fleet") as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (403, "host_not_allowed")
+
+
+async def test_a_key_that_is_no_text_is_a_401(router: FakeRouter) -> None:
+    answer = await _exchange(
+        router, b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer \xff\r\n\r\n"
+    )
+    assert b" 401 " in answer.split(b"\r\n")[0]
+
+
+async def test_a_body_that_is_not_what_it_says_is_a_400(http: ClientSession) -> None:
+    async with http.post("/v1/responses", data=b"{}", headers={"Content-Encoding": "gzip"}) as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (400, "invalid_request")
+
+
+async def test_the_log_holds_no_bytes_of_a_request_that_cannot_be_read(
+    router: FakeRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer sesame\x01\r\n\r\n"
+    assert b" 400 " in await _exchange(router, head)
+    assert "BadHttpMessage" in caplog.text
+    assert "sesame" not in caplog.text
+
+
+async def _exchange(router: FakeRouter, request: bytes) -> bytes:
+    """What comes back, at least its head, for bytes that no client library would send."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+    writer.write(request)
+    answer = await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    return answer
+
+
 async def test_beyond_the_connection_limit_requests_are_refused_but_probes_answered() -> None:
     limits = msgspec.structs.replace(CONFIG.limits, max_connections=1)
     async with (
@@ -356,7 +392,10 @@ async def test_the_page_is_served_without_a_key_and_may_do_nothing_but_talk_to_u
 @pytest.mark.usefixtures("web_folder")
 @pytest.mark.parametrize(
     "path",
-    ["../outside.js", "%2e%2e/outside.js", "..%2foutside.js", "%2fetc%2fpasswd", "notes.py", "none.js", "a%00.js"],
+    [
+        *("../outside.js", "%2e%2e/outside.js", "..%2foutside.js", "%2fetc%2fpasswd", "notes.py", "none.js", "a%00.js"),
+        "a" * 300 + ".js",
+    ],
 )
 async def test_only_files_of_the_page_are_served(router: FakeRouter, path: str) -> None:
     async with ClientSession() as http, http.get(URL(f"{router.url}/web/{path}", encoded=True)) as answer:
