@@ -81,9 +81,11 @@ class UnknownModel(RequestError):
 class ContextTooLong(RequestError):
     code = "context_length_exceeded"
 
-    def __init__(self, have: int, most: int) -> None:
+    def __init__(self, have: int, most: int, *, at_least: bool = False) -> None:
+        """at_least: the conversation was not worth counting, it has `have` or more."""
+        count = f"at least {have}" if at_least else f"{have}"
         super().__init__(
-            f"The conversation has {have} tokens, the model's context holds {most}; shorten it.", param="input"
+            f"The conversation has {count} tokens, the model's context holds {most}; shorten it.", param="input"
         )
         self.have = have
         self.most = most

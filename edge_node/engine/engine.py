@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from core.conversation import Item
-from core.errors import EdgechatError, Overloaded, RequestError, ServiceError
+from core.errors import ContextTooLong, EdgechatError, Overloaded, RequestError, ServiceError
 from core.frames import Delta, Done, Failed, Finish, Generate, Progress, Rates, Row, Started
 from core.manifest import Manifest
 from edge_node.engine.costs import StepCosts
@@ -180,10 +180,15 @@ class Engine:
     def _fit(self, request: Generate) -> Fitted:
         """A continued response keeps the cut that its first ids were generated under."""
 
-        def render(items: list[Item]) -> list[int]:
-            return self._speech.render(items, self._manifest.release)
+        release, most = self._manifest.release, self._limits.context_tokens
 
-        most = self._limits.context_tokens
+        def render(items: list[Item]) -> list[int]:
+            # Megabytes would take seconds to encode, in which nobody else is answered.
+            least = self._speech.least_tokens(items, release)
+            if least >= most:
+                raise ContextTooLong(least, most, at_least=True)
+            return self._speech.render(items, release)
+
         if request.truncation == "disabled" or request.output_ids:
             return fit(request.items, render, most, request.dropped_items)
         room = max(1, min(request.max_output_tokens, most // 4))

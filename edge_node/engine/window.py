@@ -1,7 +1,7 @@
 """Make a conversation fit the context, or say by how much it does not.
 
 Rounds are dropped whole and oldest first; system and developer messages always stay. Does not know
-how items become ids: it is handed the function.
+how items become ids: it is handed the function, which may raise ContextTooLong for what it will not even try.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def fit_by_dropping(
     rendered: dict[int, list[int]] = {}
 
     def fits(cut: int) -> bool:
-        rendered[cut] = render(without_oldest(items, cut))
+        try:
+            rendered[cut] = render(without_oldest(items, cut))
+        except ContextTooLong:
+            return False
         return len(rendered[cut]) + room_tokens <= context_tokens
 
     if not fits(cuts[0]):

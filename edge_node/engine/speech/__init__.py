@@ -34,6 +34,10 @@ class Speech(Protocol):
         """Prompt ids, up to where the answer begins; raises SpeechError."""
         ...
 
+    def least_tokens(self, items: list[Item], release: str) -> int:
+        """A number of ids that `render` cannot stay below, found without encoding anything."""
+        ...
+
     def start(self, stop: Sequence[str] = ()) -> Parser:
         """A parser for a new response that also ends at any of these strings."""
         ...

@@ -48,6 +48,7 @@ class ChatTemplateSpeech:
         self._plain = plain
         self._marked = marked
         self._table = table
+        self._longest_bytes = max(map(len, table), default=0) or 1
         self._variables = {
             "bos_token": _token(marked, manifest.bos_id),
             "eos_token": _token(marked, *manifest.stop_ids[:1]),
@@ -81,6 +82,16 @@ class ChatTemplateSpeech:
                 else self._marked.encode(piece, add_special_tokens=False).ids
             )
         return ids
+
+    def least_tokens(self, items: list[Item], release: str) -> int:
+        """No id has more bytes than the longest; a normaliser may shorten text, so then only ids count."""
+        shortens = self._plain.normalizer is not None
+        known = [item.ids if item.release == release else None for item in items if item.kind != "reasoning"]
+        texts = [item.text for item in items if item.kind != "reasoning"]
+        return sum(
+            len(ids) if ids is not None else 0 if shortens else len(text.encode()) // self._longest_bytes
+            for ids, text in zip(known, texts, strict=True)
+        )
 
     def start(self, stop: Sequence[str] = ()) -> ChatTemplateParser:
         return ChatTemplateParser(Detokeniser(self._table), self._stop_ids, StopStrings(stop))

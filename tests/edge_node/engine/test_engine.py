@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 import pytest
@@ -237,3 +238,16 @@ def test_a_format_that_cannot_be_kept_is_refused() -> None:
     request = msgspec.structs.replace(generate(), format={"type": "json_schema"})
     (failed,) = engine_of().submit(request, 0.0)
     assert isinstance(failed, Failed) and failed.code == "unsupported_parameter"
+
+
+@pytest.mark.parametrize("truncation", ["disabled", "auto"])
+def test_a_conversation_far_too_long_is_refused_without_being_read(truncation: Literal["auto", "disabled"]) -> None:
+    class Unreading(FakeSpeech):
+        def render(self, items: list[Item], release: str) -> list[int]:
+            raise AssertionError("this would take long")
+
+    limits = EngineLimits(slots=1, context_tokens=CONTEXT, max_waiting=1)
+    engine = Engine(fake_manifest(), Unreading(), limits)
+    (failed,) = engine.submit(generate(text="x" * 2 * CONTEXT, truncation=truncation), 0.0)
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.have, failed.most) == ("context_length_exceeded", CONTEXT, CONTEXT)

@@ -44,3 +44,15 @@ def test_a_cut_that_was_made_before_is_kept_even_if_less_would_do() -> None:
 
 def test_a_conversation_without_rounds_is_rendered_whole() -> None:
     assert fit_by_dropping(said("assistant"), render, 11, 1, 0).dropped_items == 0
+
+
+def test_a_cut_that_is_refused_unread_does_not_fit() -> None:
+    def render_short(items: list[Item]) -> list[int]:
+        if len(render(items)) > 20:
+            raise ContextTooLong(20, 20, at_least=True)
+        return render(items)
+
+    items = said("user", "assistant", "user", "assistant", "user")
+    assert fit_by_dropping(items, render_short, 20, 2, 0).dropped_items == 4
+    with pytest.raises(ContextTooLong, match="at least 20"):
+        fit_by_dropping([Item("message", "user", "u" * 30)], render_short, 20, 2, 0)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from core.conversation import Item
 from core.errors import ReleaseError
@@ -134,3 +136,12 @@ def test_a_stop_string_ends_the_answer_and_is_never_seen() -> None:
 def test_what_was_held_back_is_said_when_no_stop_string_came_of_it() -> None:
     assert pushed([*ids_of_bytes(b"aST"), END], ["STOP"])[-1] == [Text("ST"), ItemEnd()]
     assert pushed(ids_of_bytes(b"aST"), ["STOP"], last=True)[-1] == [Text("ST")]
+
+
+@given(st.text())
+@example("abcabcabc")
+@example("\U0001f600" * 9)
+def test_no_text_has_fewer_ids_than_promised(text: str) -> None:
+    speech, items = tiny_speech(), [user(text), Item("message", "assistant", text, [5, 6], RELEASE)]
+    assert speech.least_tokens(items, RELEASE) <= len(speech.render(items, RELEASE))
+    assert speech.least_tokens([user("abc" * 1000)], RELEASE) == 1000
