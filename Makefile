@@ -20,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 # dev.txt holds all of run.txt, with the same versions.
 hash = $(firstword $(shell cat $(1) | sha256sum | cut -c1-12))
 HAS_RUN := $(VENV)/.has-run-$(call hash,requirements/run.txt)
-HAS_DEV := $(VENV)/.has-dev-$(call hash,requirements/dev.txt)-$(subst =,,$(TORCH))
+HAS_DEV := $(VENV)/.has-dev-$(call hash,requirements/dev.txt requirements/beside-torch.txt)-$(subst =,,$(TORCH))
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -93,4 +93,5 @@ $(HAS_DEV): | $(PY)
 	@echo "installing what the tests need (requirements/dev.txt, $(TORCH))"
 	@$(PIP) install --require-hashes -r requirements/dev.txt
 	@$(PIP) install $(TORCH)
+	@$(PIP) install --require-hashes --no-deps -r requirements/beside-torch.txt
 	@rm -f $(VENV)/.has-* && touch $@ $(HAS_RUN)
