@@ -22,6 +22,8 @@ from router.sessions import Reader, Running, Sessions, Shelf
 from router.store import StoredResponse
 
 MAX_TURNS = 1000
+# More than any model's context, less than what a link carries in one frame.
+MAX_HISTORY_CHARACTERS = 8 * 1024 * 1024
 
 
 class Dispatcher:
@@ -89,6 +91,7 @@ class Dispatcher:
     async def _history(self, tenant: str, response_id: str | None, kept: Mapping[str, StoredResponse]) -> list[Item]:
         """Everything said up to and including `response_id`; instructions are not part of it."""
         turns: list[list[Item]] = []
+        characters = 0
         while response_id is not None:
             past = kept.get(response_id) or await self._store.get(tenant, response_id)
             if past is None:
@@ -97,5 +100,9 @@ class Dispatcher:
                 sentence = f"The conversation has more than {MAX_TURNS} turns; start a new one with a summary."
                 raise RequestError(sentence, param="previous_response_id")
             turns.append([*past.record.request.input, *output_items(past.record, past.ids, past.deltas)])
+            characters += sum(len(item.text) for item in turns[-1])
+            if characters > MAX_HISTORY_CHARACTERS:
+                sentence = f"The conversation has more than {MAX_HISTORY_CHARACTERS} characters; start a new one."
+                raise RequestError(sentence, param="previous_response_id")
             response_id = past.record.request.previous_response_id
         return [item for turn in reversed(turns) for item in turn]

@@ -17,6 +17,8 @@ from core.stream import Event, Request
 from router.api.call import Call, effort, function_tools, parse_json, read_fields, stop_strings
 from router.config import Defaults
 
+# Every event of a lane carries its name.
+LaneName: TypeAlias = Annotated[str, Meta(max_length=128)]
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
@@ -56,7 +58,7 @@ class _Body(msgspec.Struct):
     conversation: Any = None
     prompt: Any = None
     generate: bool | None = None
-    stream_id: str | None = None
+    stream_id: LaneName | None = None
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -85,7 +87,7 @@ def parse_event(text: str, defaults: Defaults) -> ClientEvent:
             raise RequestError("`type` is missing; send response.create or response.cancel.", param="type")
         case other:
             raise RequestError(
-                f"The event type {other!r} is not known; send response.create or response.cancel.", param="type"
+                f"The event type {other!r:.60} is not known; send response.create or response.cancel.", param="type"
             )
 
 
@@ -95,7 +97,7 @@ def stream_id_of(text: str) -> str | None:
         named = parse_json(text).get("stream_id")
     except RequestError:
         return None
-    return named if isinstance(named, str) else None
+    return named[:128] if isinstance(named, str) else None
 
 
 def parse_create(body: dict[str, Any], defaults: Defaults) -> Call:

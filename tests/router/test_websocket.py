@@ -102,6 +102,11 @@ async def test_a_page_of_another_site_is_refused_at_the_handshake(router: FakeRo
         ('{"type": "session.update"}', "invalid_request", "type"),
         ('{"type": "response.create", "model": "tiny"}', "invalid_request", "input"),
         ('{"type": "response.create", "model": "tiny", "input": "x", "seed": 1e400}', "invalid_json", None),
+        (
+            json.dumps({"type": "response.create", "model": "tiny", "input": "x", "stream_id": "s" * 129}),
+            "invalid_request",
+            "stream_id",
+        ),
         ('{"type": "response.cancel", "response_id": "resp_t_0"}', "response_not_found", "response_id"),
     ],
 )
@@ -484,7 +489,7 @@ async def test_a_reader_that_stalls_is_cut_off_and_nobody_else_notices(router: F
     node.come_up()
     stalled, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1)
     writer.write(
-        b"GET /v1/responses HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer alice\r\nUpgrade: websocket\r\n"
+        b"GET /v1/responses HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer alice\r\nUpgrade: websocket\r\n"
         b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
     )
     create_frame = json.dumps({"type": "response.create", "model": MODEL, "input": "hi", "store": False}).encode()
