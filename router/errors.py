@@ -6,6 +6,7 @@ RequestError
   UpgradeRequired               upgrade_required        426
   MalformedBody                 invalid_json            400
   TooLarge                      request_too_large       413
+  TooSlow                       request_timeout         408
   ConnectionLimitReached        websocket_connection_limit_reached  400
 ServiceError
   Draining                      draining                503, retryable
@@ -52,6 +53,14 @@ class TooLarge(RequestError):
 
     def __init__(self, most_bytes: int) -> None:
         super().__init__(f"The request is larger than {most_bytes} bytes; shorten it.")
+
+
+class TooSlow(RequestError):
+    code = "request_timeout"
+    status = 408
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The body was not complete after {seconds:g} s; send it faster.")
 
 
 class ConnectionLimitReached(RequestError):

@@ -17,6 +17,7 @@ class Metrics:
         self.dropped_frames = self._counter("dropped_frames", "Frames of dead epochs or unknown streams")
         self.moved_streams = self._counter("moved_streams", "Streams taken from a node that was lost or not trusted")
         self.slow_readers = self._counter("slow_readers", "Connections closed because they read too slowly")
+        self.stalled = self._counter("stalled_connections", "Connections closed because nothing was asked or taken")
         self.refusals = self._counter("refusals", "Requests refused, by code", ["code"])
         self.connections = Gauge(
             "edgechat_router_connections", "Open client connections and requests", registry=self.registry

@@ -114,6 +114,7 @@ async def listening(context: Context) -> AsyncIterator[int]:
             await site.start()
         except OSError as error:
             raise ConfigError(_port_problem(listen, error)) from error
+        context.clients = lambda: runner.server.connections if runner.server else ()
         yield runner.addresses[0][1]
         context.dispatcher.draining = True
         await site.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from router.config import Config, Role
 from router.dispatch import Dispatcher
 from router.fleet import Fleet
 from router.http.outbox import Outbox
+from router.http.stalls import Connection, Stalls
 from router.metrics import Metrics
 from router.session import Instant
 from router.sessions import Sessions, Shelf
@@ -28,7 +29,9 @@ class Closable(Protocol):
 
 @dataclass(eq=False)
 class Context:
-    """peers: every open WebSocket, for shutdown. outboxes: every stream being written, for the slow-reader timer."""
+    """peers: every open WebSocket, for shutdown. outboxes: every stream being written, for the slow-reader timer.
+    clients: gives the connections of the port, asked or not.
+    """
 
     config: Config
     keyring: Keyring
@@ -40,7 +43,11 @@ class Context:
     now: Callable[[], Instant]
     peers: set[Closable] = field(default_factory=set)
     outboxes: set[Outbox] = field(default_factory=set)
+    clients: Callable[[], Iterable[Connection]] = tuple
     connections: int = 0
+
+    def __post_init__(self) -> None:
+        self.stalls = Stalls(self.config.limits.slow_reader_s)
 
     def on_tick(self) -> None:
         """Every 250 ms."""
@@ -50,6 +57,10 @@ class Context:
             if outbox.behind(now_s):
                 self.metrics.slow_readers.inc()
                 outbox.abort()
+        for connection in self.stalls.look(self.clients(), now_s):
+            self.metrics.stalled.inc()
+            if connection.transport is not None:
+                connection.transport.abort()
 
     def new_outbox(self, request: web.Request) -> Outbox:
         """A bounded way to this client, watched until `outboxes.discard`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -12,8 +13,10 @@ from aiohttp.http_exceptions import HttpProcessingError
 from core.errors import EdgechatError, NotImplementedYet, Overloaded, RequestError
 from router.api.errors import http_body, http_headers
 from router.auth import check_origin
-from router.errors import Draining, TooLarge
+from router.errors import Draining, TooLarge, TooSlow
 from router.http.context import context_of, request_id
+
+BODY_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ async def admission(request: web.Request, handler: Handler) -> web.StreamRespons
     """Strange pages are refused, then too many connections, then everybody once the router is shutting down."""
     context = context_of(request)
     config = context.config
+    context.stalls.asked(request.protocol)
     check_origin(
         request.headers.get("Origin"),
         request.headers.get("Host"),
@@ -91,9 +95,12 @@ def json_response(value: object, *, status: int = 200, headers: dict[str, str] |
 
 
 async def body_of(request: web.Request) -> bytes:
-    """The whole body, decompressed; raises TooLarge, or RequestError for one that is cut short or garbled."""
+    """The whole body, decompressed; raises TooLarge, TooSlow, or RequestError for one that is cut short or garbled."""
     try:
-        return await request.read()
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except TimeoutError as error:
+        raise TooSlow(BODY_S) from error
     except web.HTTPRequestEntityTooLarge as error:
         raise TooLarge(context_of(request).config.limits.max_frame_bytes) from error
     except (web.RequestPayloadError, HttpProcessingError) as error:
