@@ -18,7 +18,7 @@ from aiohttp import web
 from core.errors import ConfigError
 from core.frames import PROTOCOL, Hello
 from router.auth import Keyring
-from router.config import Config, Listen
+from router.config import Config, Listen, advertised
 from router.dispatch import Dispatcher
 from router.fleet import STATUS_PERIOD_S, Fleet
 from router.http.app import make_app
@@ -34,6 +34,8 @@ from router.store import ResponseStore
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
+# aiohttp would let a client hold a connection for an hour between two requests.
+KEEP_ALIVE_S = 75.0
 
 
 def now() -> Instant:
@@ -104,7 +106,11 @@ async def listening(context: Context) -> AsyncIterator[int]:
     """The port alone, without links and discovery; on leaving, every client is told to go (1012)."""
     # A handler must notice that its client went away, or nobody would cancel the generation.
     runner = web.AppRunner(
-        make_app(context), handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_TIMEOUT_S
+        make_app(context),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=CLOSE_TIMEOUT_S,
+        keepalive_timeout=KEEP_ALIVE_S,
     )
     await runner.setup()
     listen = context.config.listen
@@ -130,13 +136,13 @@ def make_registry(config: Config, instance: str, port: int) -> Registry:
     discovery = config.discovery
     if not discovery.consul:
         return StaticRegistry(discovery.static)
-    host, _, advertised = discovery.advertise.rpartition(":")
+    host, advertised_port = advertised(config, port)
     service = RouterService(
         name=config.router.name,
         instance=instance,
         region=config.router.region,
-        host=host or config.listen.host,
-        port=int(advertised) if advertised else port,
+        host=host,
+        port=advertised_port,
         tls=bool(config.listen.tls_cert),
     )
     return ConsulRegistry(discovery.consul, service)
