@@ -12,6 +12,7 @@ import ipaddress
 import tomllib
 from collections.abc import Mapping
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -42,6 +43,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def host_and_port(address: str, port: int) -> tuple[str, int]:
+    """Split `host`, `host:port`, `[ipv6]` or `[ipv6]:port`; `port` where none is written. Raises ValueError."""
+    bare_ipv6 = address.count(":") > 1 and not address.startswith("[")
+    parts = urlsplit(f"//[{address}]" if bare_ipv6 else f"//{address}")
+    if not parts.hostname or parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(f"{address!r} is no host with a port")
+    return parts.hostname, port if parts.port is None else parts.port
 
 
 def _overlay(tree: dict[str, Any], environ: Mapping[str, str], prefix: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from core.errors import ConfigError
-from core.settings import is_loopback, load_settings
+from core.settings import host_and_port, is_loopback, load_settings
 
 PREFIX = "EDGE"
 
@@ -93,15 +93,7 @@ def read_settings(text: str, environ: Mapping[str, str], where: str) -> EdgeSett
 def advertised(settings: EdgeSettings, port: int) -> tuple[str, int]:
     """Host and port that others reach this node at; `port` is the one it listens on."""
     advertise = settings.discovery.advertise
-    if not advertise:
-        return settings.listen.host, port
-    if advertise.startswith("["):
-        host, _, tail = advertise[1:].partition("]")
-        return host, int(tail[1:]) if tail else port
-    if advertise.count(":") == 1:
-        host, _, tail = advertise.partition(":")
-        return host, int(tail)
-    return advertise, port
+    return host_and_port(advertise, port) if advertise else (settings.listen.host, port)
 
 
 def _check(settings: EdgeSettings, where: str) -> None:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from core.errors import ConfigError
-from core.settings import is_loopback, load_settings
+from core.settings import host_and_port, is_loopback, load_settings
 
 Role: TypeAlias = Literal["chat", "admin"]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
@@ -53,7 +53,7 @@ class LinkSection(_Section, frozen=True):
 
 
 class Discovery(_Section, frozen=True):
-    """consul: its HTTP address; empty = the static list serves. advertise: the "host:port" that others reach us at."""
+    """consul: its HTTP address; empty = the static list serves. advertise: host or host:port that others see."""
 
     consul: str = ""
     static: list[str] = []
@@ -125,6 +125,12 @@ def load_config(text: str, environ: Mapping[str, str], where: str) -> Config:
     return config
 
 
+def advertised(config: Config, port: int) -> tuple[str, int]:
+    """Host and port that others reach this router at; `port` is the one it listens on."""
+    advertise = config.discovery.advertise
+    return host_and_port(advertise, port) if advertise else (config.listen.host, port)
+
+
 def _check(config: Config) -> None:
     if not _NAME.fullmatch(config.router.name):
         raise ConfigError(f"`router.name` is {config.router.name!r}; use only a-z, 0-9 and `-`.")
@@ -133,6 +139,7 @@ def _check(config: Config) -> None:
     for url in config.discovery.static:
         if not url.startswith(("ws://", "wss://")):
             raise ConfigError(f"`discovery.static` has {url!r}; write ws://host:port or wss://host:port.")
+    _check_advertised(config)
     for key in config.auth.keys:
         if not _SHA256.fullmatch(key.sha256):
             raise ConfigError(f"`auth.keys` entry {key.id!r} has no SHA-256 of 64 hex digits; see `sha256sum`.")
@@ -140,6 +147,21 @@ def _check(config: Config) -> None:
         raise ConfigError("No key could ever be accepted; list some under [[auth.keys]], or set `auth.dev_key`.")
     if not is_loopback(config.listen.host):
         _check_public(config)
+
+
+def _check_advertised(config: Config) -> None:
+    discovery, host = config.discovery, config.listen.host
+    try:
+        advertised(config, config.listen.port)
+    except ValueError:
+        raise ConfigError(
+            f"`discovery.advertise` is {discovery.advertise!r}; write host, host:port or [ipv6]:port."
+        ) from None
+    if discovery.consul and not discovery.advertise and host in {"", "0.0.0.0", "::"}:
+        raise ConfigError(
+            f"The router listens on {host!r} and registers in Consul without `discovery.advertise`; set the address "
+            "that others reach it at."
+        )
 
 
 def _check_public(config: Config) -> None:

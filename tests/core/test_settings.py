@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from core.errors import ConfigError
-from core.settings import is_loopback, load_settings
+from core.settings import host_and_port, is_loopback, load_settings
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,3 +101,23 @@ def test_loopback_is_known(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "127.example.com", "127.0.0.1.example.com", "a"])
 def test_whatever_others_could_reach_is_not_loopback(host: str) -> None:
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("10.0.0.7", ("10.0.0.7", 1)),
+        ("a.example:80", ("a.example", 80)),
+        ("[fd00::7]", ("fd00::7", 1)),
+        ("[fd00::7]:80", ("fd00::7", 80)),
+        ("fd00::7", ("fd00::7", 1)),
+    ],
+)
+def test_an_address_has_a_host_and_perhaps_a_port(address: str, expected: tuple[str, int]) -> None:
+    assert host_and_port(address, 1) == expected
+
+
+@pytest.mark.parametrize("address", ["a:http", "a:70000", ":80", "[fd00::7", "http://a:80", "a/b", "me@a", "[a]b:1"])
+def test_what_names_no_host_and_port_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        host_and_port(address, 1)

@@ -43,6 +43,12 @@ def test_a_key_is_overridden_from_the_environment() -> None:
         (DEV + '[router]\nname = "Tokio_1"\n', "router.name.*a-z"),
         (DEV + '[listen]\ntls_cert = "x.crt"\n', "tls_cert.*tls_key"),
         (DEV + '[discovery]\nstatic = ["http://a:1"]\n', "discovery.static.*ws://"),
+        (DEV + '[discovery]\nadvertise = "10.0.0.5:x"\n', "discovery.advertise.*host:port"),
+        (
+            KEYS
+            + '[listen]\nhost = "0.0.0.0"\n[link]\nsecret_file = "s"\n[discovery]\nconsul = "http://127.0.0.1:8500"\n',
+            "0.0.0.0.*discovery.advertise",
+        ),
         (DEV + "[listen]\nprot = 1\n", "listen.prot.*not a known key"),
         (DEV + "[listen]\nport = 70000\n", "listen.port"),
         (DEV + "[defaults]\ntemperature = -1\n", "defaults.temperature"),
