@@ -14,6 +14,7 @@ import contextlib
 import logging
 import random
 import ssl
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias
@@ -333,7 +334,7 @@ class _Connection:
 
     def _rtt(self, pinged_at_s: float) -> LinkRtt:
         """The least of the last few: what the way costs, without the moments when an end was busy."""
-        self._rtts_s.append(asyncio.get_running_loop().time() - pinged_at_s)
+        self._rtts_s.append(time.perf_counter() - pinged_at_s)
         self._pinged_at_s = None
         return LinkRtt(self._url, min(self._rtts_s))
 
@@ -358,7 +359,8 @@ class _Connection:
         """One ping at a time: an answer that is still due keeps its clock, so a slow node looks slow."""
         if self._pinged_at_s is None:
             self._nonce += 1
-            self._pinged_at_s = asyncio.get_running_loop().time()
+            # Not the loop's clock: uvloop's has whole milliseconds and stands still within a turn of the loop.
+            self._pinged_at_s = time.perf_counter()
             self.send(encode(Ping(self._nonce)))
 
     def _give_up(self, reason: str) -> None:

@@ -10,6 +10,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+import uvloop
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -186,6 +187,15 @@ async def test_both_say_hello_and_the_first_round_trip_is_measured_at_once() -> 
         assert rtt.node == node.url
         assert rtt.rtt_s > 0
         assert node.heard == [ROUTER]
+
+
+def test_a_round_trip_shorter_than_a_millisecond_is_measured_on_the_routers_own_loop_too() -> None:
+    async def measure() -> list[float]:
+        async with linked(answering) as (_, _, events):
+            await events.until(lambda all_: sum(isinstance(event, LinkRtt) for event in all_) >= 8)
+            return [event.rtt_s for event in events.all if isinstance(event, LinkRtt)]
+
+    assert all(rtt_s > 0 and round(rtt_s, 3) != rtt_s for rtt_s in uvloop.run(measure()))
 
 
 async def test_frames_go_both_ways_in_order() -> None:
