@@ -204,7 +204,7 @@ class ConsulRegistry:
         while True:
             try:
                 services = await self._call(self._client.agent.services())
-                if self._router.id not in services:
+                if self._router.id not in msgspec.convert(services, dict[str, Any]):
                     await self._register()
             except _FAILURES as error:
                 self._failed("registration", error)

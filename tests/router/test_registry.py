@@ -119,10 +119,15 @@ class FakeConsul:
         self.services: dict[str, dict[str, object]] = {}
         self.registrations: list[dict[str, object]] = []
         self.broken = False
+        self.nonsense: str | None = None
+        self.misled: set[str] = set()
 
     async def health(self, request: web.Request) -> web.Response:
         if self.broken:
             return web.Response(status=500, text="No cluster leader")
+        if self.nonsense is not None:
+            self.misled.add("nodes")
+            return web.Response(text=self.nonsense, headers={"X-Consul-Index": "7"})
         query = request.query
         self.queries.append((query.get("index"), query.get("wait"), query.get("passing")))
         if len(self.answers) == 1 and query.get("index") == str(self.answers[0][0]):
@@ -131,6 +136,9 @@ class FakeConsul:
         return web.json_response(entries, headers={"X-Consul-Index": str(index)})
 
     async def list(self, _request: web.Request) -> web.Response:
+        if self.nonsense is not None:
+            self.misled.add("registration")
+            return web.Response(text=self.nonsense)
         return web.Response(status=500) if self.broken else web.json_response(self.services)
 
     async def register(self, request: web.Request) -> web.Response:
@@ -244,6 +252,21 @@ async def test_while_consul_fails_the_last_list_stays_and_the_log_says_so_once(
     messages = [record.getMessage() for record in caplog.records]
     assert sum("does not answer" in message for message in messages) == 1
     assert sum("answers again" in message for message in messages) == 1
+
+
+@pytest.mark.parametrize("nonsense", ["null", "7", "[7]", '"x"', "<html>", "", '[{"Service": null}]'])
+async def test_an_answer_that_is_nonsense_costs_nothing_but_time(
+    nonsense: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with fake_consul() as (fake, address):
+        fake.answers = [(1, [entry("10.0.0.1", 1)])]
+        async with running(address) as lists:
+            await until(lambda: len(lists) == 1 and bool(fake.services))
+            fake.nonsense = nonsense
+            await until(lambda: "does not answer" in caplog.text and len(fake.misled) == 2)
+            fake.nonsense, fake.services = None, {}
+            fake.answers = [(2, [entry("10.0.0.2", 1)])]
+            await until(lambda: bool(fake.services) and bool(lists[-1]) and "10.0.0.2" in lists[-1][0].url)
 
 
 async def test_a_consul_that_is_not_there_is_reported_once_and_nothing_is_handed_out(
