@@ -34,6 +34,8 @@ def main() -> int:
     try:
         settings = _read_config(arguments.config)
         if arguments.check_config:
+            _read_secret(settings.link.secret_file)
+            _tls(settings.listen, settings.link.client_ca)
             print(f"{arguments.config} is fine: node {settings.node.name!r}, port {settings.listen.port}.")
             return 0
         if arguments.verify:
@@ -50,7 +52,7 @@ def main() -> int:
 def _serve(settings: EdgeSettings) -> int:
     setup_logging(settings.log.level)
     secret = _read_secret(settings.link.secret_file)
-    tls = _tls(settings.listen)
+    tls = _tls(settings.listen, settings.link.client_ca)
     release = open_release(Path(settings.node.release))
     with _bind(settings.listen) as listener:
         asyncio.run(_run(settings, release, secret, listener, tls))
@@ -110,7 +112,7 @@ def _read_secret(path: str) -> str:
     return secret
 
 
-def _tls(listen: ListenSection) -> ssl.SSLContext | None:
+def _tls(listen: ListenSection, client_ca: str) -> ssl.SSLContext | None:
     if not listen.tls_cert:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -119,6 +121,13 @@ def _tls(listen: ListenSection) -> ssl.SSLContext | None:
     except (OSError, ssl.SSLError) as error:
         pair = f"{listen.tls_cert!r} and {listen.tls_key!r}"
         raise ConfigError(f"The certificate and key {pair} cannot be used: {_why(error)}.") from error
+    if client_ca:
+        # Optional here, demanded by the link: Consul asks /readyz on the same port and has no certificate.
+        context.verify_mode = ssl.CERT_OPTIONAL
+        try:
+            context.load_verify_locations(client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"link.client_ca {client_ca!r} cannot be used: {_why(error)}.") from error
     return context
 
 

@@ -47,7 +47,10 @@ class ListenSection(_Section, frozen=True):
 
 
 class LinkSection(_Section, frozen=True):
+    """client_ca: routers must show a certificate signed by it, too (mutual TLS); empty = the secret is enough."""
+
     secret_file: str = ""
+    client_ca: str = ""
 
 
 class DiscoverySection(_Section, frozen=True):
@@ -105,6 +108,8 @@ def _check(settings: EdgeSettings, where: str) -> None:
         )
     if bool(listen.tls_cert) != bool(listen.tls_key):
         raise ConfigError(f"{where} sets only one of listen.tls_cert and listen.tls_key; set both or neither.")
+    if settings.link.client_ca and not listen.tls_cert:
+        raise ConfigError(f"{where} sets link.client_ca without TLS; set listen.tls_cert and listen.tls_key as well.")
     consul = settings.discovery.consul
     if consul and not consul.startswith(("http://", "https://")):
         raise ConfigError(f"{where} sets discovery.consul to {consul!r}; write a URL such as http://127.0.0.1:8500.")

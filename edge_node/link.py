@@ -78,11 +78,14 @@ class _Refused(Exception):
 class LinkServer:
     """Serves one port. Invariant: `_links` holds exactly the links that said Hello and were not lost yet."""
 
-    def __init__(self, node: NodeSide, secret: str, *, metrics_open: bool) -> None:
-        """secret: what routers send as bearer, empty = none asked for. metrics_open: /metrics without it."""
+    def __init__(self, node: NodeSide, secret: str, *, metrics_open: bool, certificates: bool = False) -> None:
+        """secret: what routers send as bearer, empty = none asked for. metrics_open: /metrics without it.
+        certificates: routers must have shown one, which TLS has checked.
+        """
         self._node = node
         self._secret = secret
         self._metrics_open = metrics_open
+        self._certificates = certificates
         self._links: dict[LinkId, ServerConnection] = {}
         self._ids = itertools.count(1)
         self._server: Server | None = None
@@ -197,6 +200,9 @@ class LinkServer:
             case "/link":
                 if not self._trusted(request):
                     return self._unauthorised(connection)
+                if self._certificates and not connection.transport.get_extra_info("peercert"):
+                    log.warning("link_without_certificate peer=%s", _peer(connection))
+                    return connection.respond(403, "Routers must show a certificate that link.client_ca has signed.\n")
                 if len(self._links) >= MAX_LINKS:
                     return connection.respond(503, f"This node has {MAX_LINKS} links already.\n")
                 return None

@@ -58,7 +58,12 @@ class Node:
         self._context_tokens = min(settings.engine.context_tokens, manifest.context_tokens)
         self._supervisor = Supervisor(Patience(settings.node.load_s, settings.node.hang_s), time.monotonic())
         self._streams = Switchboard()
-        self._links = LinkServer(self, secret, metrics_open=is_loopback(settings.listen.host))
+        self._links = LinkServer(
+            self,
+            secret,
+            metrics_open=is_loopback(settings.listen.host),
+            certificates=bool(settings.link.client_ca),
+        )
         self._engine: EngineProcess | None = None
         self._stop = asyncio.Event()
         self._draining = False

@@ -12,7 +12,7 @@ import uvloop
 
 from core.errors import ConfigError, EdgechatError
 from router.config import Config, load_config
-from router.server import run
+from router.server import link_tls, listen_tls, make_registry, run
 
 EXIT_CONFIG = 2
 
@@ -25,6 +25,10 @@ def main() -> int:
         config = load_config(_read(arguments.config), os.environ, arguments.config or "the environment")
         secret = _secret(config)
         if arguments.check_config:
+            # What only the start would find out otherwise.
+            listen_tls(config.listen)
+            link_tls(config.link)
+            make_registry(config, "", config.listen.port)
             print(f"{arguments.config or 'the built-in configuration'} is good")
             return 0
         uvloop.run(run(config, secret))

@@ -47,9 +47,16 @@ class Listen(_Section, frozen=True):
 
 
 class LinkSection(_Section, frozen=True):
-    """secret_file: the bearer secret of the router-node link, shared by all routers and nodes."""
+    """secret_file: the bearer secret of the router-node link, shared by all routers and nodes.
+
+    For nodes that speak TLS (wss), tls_ca: who signs their certificates, empty = whom this system trusts;
+    tls_cert, tls_key: our own certificate, for nodes that ask for one.
+    """
 
     secret_file: str = ""
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
 
 
 class Discovery(_Section, frozen=True):
@@ -136,6 +143,8 @@ def _check(config: Config) -> None:
         raise ConfigError(f"`router.name` is {config.router.name!r}; use only a-z, 0-9 and `-`.")
     if bool(config.listen.tls_cert) != bool(config.listen.tls_key):
         raise ConfigError("`listen.tls_cert` and `listen.tls_key` belong together; set both or neither.")
+    if bool(config.link.tls_cert) != bool(config.link.tls_key):
+        raise ConfigError("`link.tls_cert` and `link.tls_key` belong together; set both or neither.")
     for url in config.discovery.static:
         if not url.startswith(("ws://", "wss://")):
             raise ConfigError(f"`discovery.static` has {url!r}; write ws://host:port or wss://host:port.")

@@ -247,7 +247,7 @@ class _Link:
                 open_timeout=None,  # the enclosing timeout counts
                 ping_interval=None,  # our own beat measures what the router needs to know
                 proxy=None,
-                ssl=self._ssl_context if self._url.startswith("wss:") else None,
+                ssl=(self._ssl_context or True) if self._url.startswith("wss:") else None,
             )
         try:
             async with asyncio.timeout_at(give_up_at_s):

@@ -18,7 +18,7 @@ from aiohttp import web
 from core.errors import ConfigError
 from core.frames import PROTOCOL, Hello
 from router.auth import Keyring
-from router.config import Config, Listen, advertised
+from router.config import Config, LinkSection, Listen, advertised
 from router.dispatch import Dispatcher
 from router.fleet import STATUS_PERIOD_S, Fleet
 from router.http.app import make_app
@@ -79,7 +79,7 @@ async def serving(config: Config, secret: str) -> AsyncIterator[int]:
     store = await ResponseStore.open(Path(config.store.path))
     instance = secrets.token_hex(4)
     hello = Hello(PROTOCOL, config.router.name, instance, config.router.region)
-    links = LinkPool(hello, secret, lambda event: _hand_on(context, event))
+    links = LinkPool(hello, secret, lambda event: _hand_on(context, event), ssl_context=link_tls(config.link))
     context = make_context(config, secret, links, store)
     try:
         async with listening(context) as port:
@@ -115,7 +115,7 @@ async def listening(context: Context) -> AsyncIterator[int]:
     await runner.setup()
     listen = context.config.listen
     try:
-        site = web.TCPSite(runner, listen.host, listen.port, ssl_context=_tls(listen))
+        site = web.TCPSite(runner, listen.host, listen.port, ssl_context=listen_tls(listen))
         try:
             await site.start()
         except OSError as error:
@@ -162,7 +162,8 @@ def _hand_on(context: Context, event: LinkEvent) -> None:
     context.sessions.on_link_event(event)
 
 
-def _tls(listen: Listen) -> ssl.SSLContext | None:
+def listen_tls(listen: Listen) -> ssl.SSLContext | None:
+    """For the port, None = plain; raises ConfigError."""
     if not listen.tls_cert:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -170,6 +171,18 @@ def _tls(listen: Listen) -> ssl.SSLContext | None:
         context.load_cert_chain(listen.tls_cert, listen.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"`listen.tls_cert` {listen.tls_cert} cannot be used: {error}.") from error
+    return context
+
+
+def link_tls(link: LinkSection) -> ssl.SSLContext:
+    """For links to nodes that speak TLS: whom to believe, and what to show; raises ConfigError."""
+    try:
+        context = ssl.create_default_context(cafile=link.tls_ca or None)
+        if link.tls_cert:
+            context.load_cert_chain(link.tls_cert, link.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        files = ", ".join(filter(None, (link.tls_ca, link.tls_cert, link.tls_key)))
+        raise ConfigError(f"The certificates of [link] ({files}) cannot be used: {error}.") from error
     return context
 
 

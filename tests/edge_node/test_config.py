@@ -37,6 +37,7 @@ def test_a_key_is_overridden_by_the_environment() -> None:
         (LEAST + '[engine]\ndevice = "tpu"\n', "engine.device"),
         (LEAST + '[listen]\nhost = "0.0.0.0"\n', "link.secret_file"),
         (LEAST + '[listen]\ntls_cert = "a.pem"\n', "listen.tls_key"),
+        (LEAST + '[link]\nclient_ca = "a.pem"\n', "link.client_ca"),
         (LEAST + '[discovery]\nconsul = "localhost:8500"\n', "discovery.consul"),
         (LEAST + '[discovery]\nadvertise = "host:http"\n', "discovery.advertise"),
         (LEAST.replace('name = "eu"', 'name = "EU 1"'), "node.name"),

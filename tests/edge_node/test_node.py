@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ from core.frames import (
     Usage,
     encode,
 )
+from edge_node.__main__ import _tls
+from edge_node.config import ListenSection
 from edge_node.runtime.pipe import Fatal, Load, Outputs, outputs
 from tests.e2e.waiting import Answer, eventually_async, http
 from tests.edge_node.fake_engine import HOST, RELEASE, RouterLink, Served, dial, generate, open_link, row, settings_with
@@ -125,6 +128,31 @@ async def test_the_link_is_served_over_tls_when_configured() -> None:
     client = ssl.create_default_context(cafile=TLS / "cert.pem")
     async with Served(settings_with(), SECRET, server) as served, dial(served.port, secret=SECRET, tls=client) as link:
         assert link.hello.name == "eu"
+
+
+async def test_with_a_client_ca_a_router_must_show_a_certificate_and_consul_need_not() -> None:
+    server = _tls(ListenSection(tls_cert=str(TLS / "cert.pem"), tls_key=str(TLS / "key.pem")), str(TLS / "cert.pem"))
+    assert server is not None
+    settings = settings_with(
+        listen={"tls_cert": TLS / "cert.pem", "tls_key": TLS / "key.pem"}, link={"client_ca": TLS / "cert.pem"}
+    )
+    client = ssl.create_default_context(cafile=TLS / "cert.pem")
+    async with Served(settings, SECRET, server) as served:
+        with pytest.raises(InvalidStatus) as refused:
+            async with dial(served.port, secret=SECRET, tls=client):
+                pass
+        assert refused.value.response.status_code == 403
+        status = await asyncio.to_thread(https_status, f"https://{HOST}:{served.port}/livez", client)
+        assert status == 200
+        client.load_cert_chain(TLS / "cert.pem", TLS / "key.pem")
+        async with dial(served.port, secret=SECRET, tls=client) as link:
+            assert link.hello.name == "eu"
+
+
+def https_status(url: str, trusting: ssl.SSLContext) -> int:
+    with urllib.request.urlopen(url, context=trusting) as answer:
+        status: int = answer.status
+        return status
 
 
 # -- status ----------------------------------------------------------------------------------

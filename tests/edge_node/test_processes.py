@@ -225,6 +225,8 @@ def test_check_config_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> N
     code, said = refused(tmp_path, {"EDGE__ENGINE__SLOTZ": "4"}, "--check-config")
     assert code == 2
     assert said.startswith("EDGE__ENGINE__SLOTZ sets 'engine.slotz'")
+    code, said = refused(tmp_path, {"EDGE__LINK__SECRET_FILE": "/none"}, "--check-config")
+    assert (code, "'/none'" in said) == (2, True)
 
 
 def test_a_secret_that_cannot_be_read_or_is_empty_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_a_key_is_overridden_from_the_environment() -> None:
         (KEYS + '[listen]\nhost = "0.0.0.0"\n', "link.secret_file.*missing"),
         (DEV + '[router]\nname = "Tokio_1"\n', "router.name.*a-z"),
         (DEV + '[listen]\ntls_cert = "x.crt"\n', "tls_cert.*tls_key"),
+        (DEV + '[link]\ntls_cert = "x.crt"\n', "link.tls_cert.*link.tls_key"),
         (DEV + '[discovery]\nstatic = ["http://a:1"]\n', "discovery.static.*ws://"),
         (DEV + '[discovery]\nadvertise = "10.0.0.5:x"\n', "discovery.advertise.*host:port"),
         (
@@ -83,6 +84,22 @@ def test_a_bad_configuration_ends_the_process_with_one_line_and_status_2() -> No
     assert checked.returncode == 2
     assert checked.stderr.count("\n") == 1
     assert "ROUTER__LISTEN__PORT" in checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "key"),
+    [
+        ({"ROUTER__LISTEN__TLS_CERT": "/none.pem", "ROUTER__LISTEN__TLS_KEY": "/none.pem"}, "listen.tls_cert"),
+        ({"ROUTER__LINK__TLS_CA": "/none.pem"}, "[link]"),
+        ({"ROUTER__LINK__SECRET_FILE": "/none"}, "link.secret_file"),
+        ({"ROUTER__DISCOVERY__CONSUL": "localhost:8500"}, "discovery.consul"),
+        ({"ROUTER__DISCOVERY__STATIC": '["ws://"]'}, "discovery.static"),
+    ],
+)
+def test_check_config_finds_what_would_keep_the_router_from_starting(environ: dict[str, str], key: str) -> None:
+    checked = _main("--check-config", environ={"ROUTER__AUTH__DEV_KEY": "true"} | environ)
+    assert (checked.returncode, checked.stderr.count("\n")) == (2, 1)
+    assert key in checked.stderr
 
 
 def test_an_empty_link_secret_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import contextlib
 import http
 import logging
 import random
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -17,6 +19,7 @@ from websockets.http11 import Request, Response
 
 import router.link as link_module
 from core.conversation import Item
+from core.errors import ConfigError
 from core.frames import (
     MAX_FRAME_BYTES,
     Cancel,
@@ -39,9 +42,13 @@ from core.frames import (
     encode,
 )
 from router.backoff import Backoff
+from router.config import LinkSection
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkPool, LinkRtt, LinkTiming, LinkUp
 from router.registry import NodeAddress
+from router.server import link_tls
 
+TLS = Path(__file__).parent.parent / "edge_node/tls"
+CERTIFICATE, PRIVATE_KEY = TLS / "cert.pem", TLS / "key.pem"
 SECRET = "the-link-secret-of-this-test"
 ROUTER = Hello(protocol=1, name="r1", instance="router-instance", region="eu")
 NODE = Hello(1, "n1", "node-instance", "eu", ["m@0123456789ab"], ["cpu-int8"], 2048, 4, 1, 7)
@@ -84,13 +91,20 @@ class ScriptedNode:
         self.sockets: list[ServerConnection] = []
         self.refused = 0
         self.secret = SECRET
+        self.tls: ssl.SSLContext | None = None
 
     async def start(self) -> None:
         self._server = await serve(
-            self._handle, "127.0.0.1", 0, process_request=self._check, compression=None, max_size=MAX_FRAME_BYTES
+            self._handle,
+            "127.0.0.1",
+            0,
+            process_request=self._check,
+            compression=None,
+            max_size=MAX_FRAME_BYTES,
+            ssl=self.tls,
         )
         self.port = next(iter(self._server.sockets)).getsockname()[1]
-        self.address = NodeAddress(f"ws://127.0.0.1:{self.port}/link", "n1", "eu")
+        self.address = NodeAddress(f"{'wss' if self.tls else 'ws'}://127.0.0.1:{self.port}/link", "n1", "eu")
         self.url = self.address.url
 
     async def stop(self) -> None:
@@ -161,12 +175,16 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @contextlib.asynccontextmanager
 async def linked(
-    script: Script, timing: LinkTiming = FAST, *, secret: str = SECRET
+    script: Script, timing: LinkTiming = FAST, *, secret: str = SECRET, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[tuple[ScriptedNode, LinkPool, Events]]:
     """A scripted node and a pool that was told its address."""
     node, events = ScriptedNode(script), Events()
+    if tls is not None:
+        node.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=CERTIFICATE)
+        node.tls.load_cert_chain(CERTIFICATE, PRIVATE_KEY)
+        node.tls.verify_mode = ssl.CERT_REQUIRED
     await node.start()
-    pool = LinkPool(ROUTER, secret, events, timing=timing)
+    pool = LinkPool(ROUTER, secret, events, ssl_context=tls, timing=timing)
     pool.set_addresses([node.address])
     try:
         yield node, pool, events
@@ -196,6 +214,26 @@ def test_a_round_trip_shorter_than_a_millisecond_is_measured_on_the_routers_own_
             return [event.rtt_s for event in events.all if isinstance(event, LinkRtt)]
 
     assert all(rtt_s > 0 and round(rtt_s, 3) != rtt_s for rtt_s in uvloop.run(measure()))
+
+
+async def test_a_node_behind_tls_is_believed_by_its_certificate_and_shown_ours() -> None:
+    files = LinkSection(tls_ca=str(CERTIFICATE), tls_cert=str(CERTIFICATE), tls_key=str(PRIVATE_KEY))
+    async with linked(answering, tls=link_tls(files)) as (node, _, events):
+        await events.until_up()
+        assert node.url.startswith("wss://")
+
+
+async def test_a_node_whose_certificate_nobody_vouches_for_is_not_sent_the_secret(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with linked(answering, tls=link_tls(LinkSection())) as (node, _, _):
+        await until(lambda: "certificate" in caplog.text)
+        assert (node.heard, node.refused) == ([], 0)
+
+
+def test_certificates_of_the_link_that_cannot_be_read_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"\[link\] \(/none\.pem\)"):
+        link_tls(LinkSection(tls_ca="/none.pem"))
 
 
 async def test_frames_go_both_ways_in_order() -> None:
