@@ -53,6 +53,8 @@ log = logging.getLogger("edge_node.worker")
 BEAT_S = 0.2
 # Requests that may wait to be looked at; past it the listener, and so the node's pipe, waits.
 INBOX_MESSAGES = 1024
+# How long messages may be looked at between two steps.
+TAKE_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
@@ -137,8 +139,12 @@ class Stepper:
         self._take_waiting()
 
     def _take_waiting(self) -> None:
+        """Not all at once: encoding many long prompts would hold up those who are being answered."""
+        until_s = time.monotonic() + TAKE_S
         for _ in range(self._inbox.qsize()):
             self._take(self._inbox.get_nowait())
+            if time.monotonic() >= until_s:
+                return
 
     def _take(self, message: ToChild) -> None:
         now_s = time.monotonic()

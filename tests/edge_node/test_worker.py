@@ -118,3 +118,23 @@ def test_a_cancelled_stream_leaves_an_idle_engine(bench: Bench) -> None:
     bench.runner.gate.set()
     assert bench.end_of("a") == {"a": "cancelled"}
     eventually(lambda: bench.beat().age_s < 0 and bench.beat().running == 0)
+
+
+def test_requests_that_take_long_to_accept_do_not_hold_up_who_is_being_answered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_node.runtime.worker.TAKE_S", 0.0)
+    bench.runner.gate.clear()
+    bench.tell(generate("a", most=16))
+    eventually(lambda: bench.beat().step == 1)
+    bench.tell(*[generate(stream, "!") for stream in "bcde"])
+    bench.runner.gate.set()
+    accepted_after: list[int] = []
+    steps = 0
+    while len(accepted_after) < 4:
+        heard = bench.hear()
+        steps += bool(heard.rows)
+        accepted_after += [steps for frame in heard.after if frame.stream != "a"]
+    assert len(set(accepted_after)) == 4, "each is looked at after another step"
+    assert bench.end_of("a")["a"] in {"stop", "length"}
+    eventually(lambda: bench.beat().age_s < 0)
