@@ -148,6 +148,8 @@ class Engine:
     def _accept(self, request: Generate, now_s: float) -> Sequence:
         self._refuse(request)
         fitted = self._fit(request)
+        if not fitted.ids:
+            raise ServiceError("The release's chat template made no token of this conversation; use another release.")
         ids = (*fitted.ids, *request.output_ids)
         if not all(0 <= token < self._manifest.tokenizer_size for token in ids):
             raise ServiceError("The request holds token ids that this release does not know; send it to another node.")

@@ -251,3 +251,10 @@ def test_a_conversation_far_too_long_is_refused_without_being_read(truncation: L
     (failed,) = engine.submit(generate(text="x" * 2 * CONTEXT, truncation=truncation), 0.0)
     assert isinstance(failed, Failed)
     assert (failed.code, failed.have, failed.most) == ("context_length_exceeded", CONTEXT, CONTEXT)
+
+
+def test_a_conversation_that_renders_to_nothing_ends_alone() -> None:
+    engine = engine_of()
+    (failed,) = engine.submit(generate(text=""), 0.0)
+    assert isinstance(failed, Failed) and failed.code == "server_error"
+    assert run_dry(engine, FakeRunner(2, CONTEXT)) == []
