@@ -14,7 +14,7 @@ from core.errors import EdgechatError, NotImplementedYet, Overloaded, RequestErr
 from router.api.errors import http_body, http_headers
 from router.auth import check_origin
 from router.errors import Draining, TooLarge, TooSlow
-from router.http.context import context_of, request_id
+from router.http.context import context_of, principal, request_id
 
 BODY_S = 60.0
 
@@ -128,4 +128,5 @@ def _from_http(request: web.Request, error: web.HTTPException) -> EdgechatError:
 
 
 async def not_implemented(request: web.Request) -> web.StreamResponse:
+    principal(request, None)
     raise NotImplementedYet(f"{request.method} {request.path}")

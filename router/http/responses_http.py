@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from core.errors import ResponseNotFound
+from core.errors import NotImplementedYet, ResponseNotFound
 from router.api.call import Call, parse_json
 from router.api.responses import deleted, parse_create
 from router.http import sse
@@ -39,6 +39,8 @@ async def _stream(request: web.Request, context: Context, tenant: str, call: Cal
 
 async def retrieve(request: web.Request) -> web.StreamResponse:
     context, who, response_id = context_of(request), principal(request, "chat"), request.match_info["id"]
+    if request.query.get("stream", "false") != "false":
+        raise NotImplementedYet("`stream` when a response is retrieved")  # one JSON would be read as an empty stream
     if running := context.sessions.find(who.tenant, response_id):
         return json_response(running.session.log.response())
     return await _stored(context, who.tenant, response_id)

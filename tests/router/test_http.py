@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from aiohttp import ClientSession
 from openai.types.responses import Response, ResponseStreamEvent
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 from yarl import URL
 
@@ -113,6 +114,7 @@ async def test_an_id_of_ours_is_echoed_as_the_request_id(http: ClientSession) ->
         ("POST", "/v1/chat/completions", '{"model": "tiny", "messages": [], "n": 3}', 400, "invalid_request"),
         ("POST", "/v1/responses/compact", "{}", 501, "not_implemented"),
         ("GET", "/v1/realtime", None, 501, "not_implemented"),
+        ("GET", "/v1/responses/resp_t_0?stream=true&starting_after=3", None, 501, "not_implemented"),
         ("GET", "/v1/responses", None, 426, "upgrade_required"),
         ("GET", "/ws", None, 426, "upgrade_required"),
         ("GET", "/v1/responses/resp_t_0", None, 404, "response_not_found"),
@@ -440,6 +442,8 @@ async def test_metrics_count_what_happened_and_hold_no_text(router: FakeRouter, 
     (await http.post("/v1/responses", json={})).close()
     async with http.get("/metrics", headers=key("ops")) as answer:
         text = await answer.text()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["edgechat_router_first_token_seconds"].type == "histogram"
     assert 'edgechat_router_responses_total{status="completed"} 1.0' in text
     assert 'edgechat_router_refusals_total{code="invalid_request"} 1.0' in text
     assert 'edgechat_router_nodes{state="ready"} 1.0' in text

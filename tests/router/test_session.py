@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.frames import Cancel, Done, Failed, Generate, Progress, Row, Started, Timings, Usage
+from core.frames import Cancel, Done, Failed, Generate, Progress, Row, Sampling, Started, Timings, Usage
 from core.stream import Event, replay
 from router.session import (
     MAX_DISPATCHES,
@@ -90,6 +90,21 @@ def test_a_late_frame_from_a_dead_epoch_is_dropped() -> None:
     assert session.on_frame("b", row(1, 0), NOW) == []
     assert session.dropped_frames == 2
     assert session.ids == []
+
+
+def test_a_frame_of_a_node_that_was_not_asked_is_dropped() -> None:
+    session, _ = started()
+    assert session.on_frame("b", row(1, 0), NOW) == []
+    assert session.on_frame("b", done(1), NOW) == []
+    assert (session.dropped_frames, session.ids, session.ended) == (2, [], False)
+
+
+def test_the_node_is_asked_for_what_the_client_asked_for() -> None:
+    _, effects = started(temperature=0.3, top_p=0.9, top_k=5, stop=["END"], max_output_tokens=11, truncation="auto")
+    (frame,) = sent(effects)
+    assert isinstance(frame, Generate)
+    assert frame.sampling == Sampling(0.3, 0.9, 5)
+    assert (frame.stop, frame.max_output_tokens, frame.truncation) == (["END"], 11, "auto")
 
 
 def test_a_frame_after_the_end_is_dropped() -> None:

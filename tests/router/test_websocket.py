@@ -88,6 +88,29 @@ async def test_a_wrong_key_is_a_401_at_the_handshake(
     assert caught.value.status == 401
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/ws"])
+async def test_a_key_that_may_not_chat_is_a_403_at_the_handshake(
+    router: FakeRouter, http: ClientSession, path: str
+) -> None:
+    with pytest.raises(WSServerHandshakeError) as caught:
+        await http.ws_connect(router.ws_url + path, headers={"Authorization": "Bearer ops"})
+    assert caught.value.status == 403
+
+
+async def test_a_client_that_does_not_answer_a_ping_is_given_up(
+    http: ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.http.websocket.HEARTBEAT_S", 0.05)
+    async with (
+        running_router() as router,
+        http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY, autoping=False) as deaf,
+    ):
+        assert (await deaf.receive(timeout=10)).type is WSMsgType.PING
+        while (await deaf.receive(timeout=10)).type is WSMsgType.PING:
+            pass
+        await _until(lambda: not router.context.peers)
+
+
 async def test_a_page_of_another_site_is_refused_at_the_handshake(router: FakeRouter, http: ClientSession) -> None:
     with pytest.raises(WSServerHandshakeError) as caught:
         await http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY | {"Origin": "https://evil.example"})
@@ -234,6 +257,21 @@ async def test_an_unstored_response_is_remembered_by_its_own_connection_only(
         "previous_response_id",
     )
     assert router.store.kept == {}
+
+
+async def test_a_connection_remembers_its_newest_unstored_responses_only(
+    router: FakeRouter, socket: ClientWebSocketResponse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.http.responses_ws.MAX_KEPT", 1)
+    router.links.node("eu", saying("Hi")).come_up()
+    made = []
+    for _ in range(2):
+        await create(socket, store=False)
+        made.append((await until_end(socket))[-1]["response"]["id"])
+    await create(socket, previous_response_id=made[0])
+    assert (await until_end(socket))[-1]["code"] == "previous_response_not_found"
+    await create(socket, previous_response_id=made[1])
+    assert (await until_end(socket))[-1]["type"] == "response.completed"
 
 
 async def test_a_warm_up_says_nothing_and_can_be_continued(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
