@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -50,8 +51,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> argparse.
 def request_from(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Request:
     """Turn the command line into a request, after looking for a Consul and the release. Raises PlanError."""
     release: Path = arguments.release.resolve()
-    if not (release / "manifest.json").is_file():
-        raise PlanError(f"no release in {release}: `make up` exports the small model, --release names another folder.")
+    model = model_of(release)
     nodes = arguments.nodes.split(",")
     return Request(
         python=sys.executable,
@@ -60,9 +60,21 @@ def request_from(arguments: argparse.Namespace, environment: Mapping[str, str]) 
         nodes=nodes,
         discovery=None if arguments.static else find_discovery(ROOT, environment),
         release=str(release),
+        model=model,
         threads=max(1, len(os.sched_getaffinity(0)) // len(nodes)),
         environment=environment,
     )
+
+
+def model_of(release: Path) -> str:
+    """Name what clients call the model of a release. Raises PlanError if there is none."""
+    try:
+        return str(json.loads((release / "manifest.json").read_text(encoding="utf-8"))["model"])
+    except FileNotFoundError:
+        hint = "`make up` exports the small model, --release names another folder"
+        raise PlanError(f"no release in {release}: {hint}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"{release}/manifest.json cannot be read ({error!r}): export the model again.") from error
 
 
 def main(arguments: Sequence[str]) -> int:

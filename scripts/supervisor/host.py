@@ -53,7 +53,8 @@ def check_ports(processes: Iterable[Process], port: int) -> None:
             if (code := bind_error(needed)) is None:
                 continue
             if code != errno.EADDRINUSE:
-                raise PlanError(f"port {needed} (for {process.name}) cannot be opened: {os.strerror(code)}.")
+                problem = f"port {needed} (for {process.name}) cannot be opened ({os.strerror(code)})"
+                raise PlanError(f"{problem}: choose other ports, above 1023, e.g. PORT=8080 make up.")
             free = next((base for base in range(port + 20, 65535 - LAST_OFFSET, 20) if is_free(base)), None)
             hint = f", or choose other ports, e.g. PORT={free} make up" if free else ""
             raise PlanError(f"port {needed} (for {process.name}) is taken: stop what listens there{hint}.")

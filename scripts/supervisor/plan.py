@@ -62,6 +62,7 @@ class Request:
     nodes: Sequence[str]
     discovery: Discovery
     release: str
+    model: str
     threads: int
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -206,5 +207,5 @@ def welcome(request: Request) -> str:
 
       from openai import OpenAI
       client = OpenAI(base_url="http://{HOST}:{request.port}/v1", api_key="dev")
-      print(client.responses.create(model="smollm2-135m", input="Name three rivers.").output_text)
+      print(client.responses.create(model="{request.model}", input="Name three rivers.").output_text)
 """

@@ -26,6 +26,7 @@ REQUEST = Request(
     nodes=("eu", "us"),
     discovery=OwnConsul("/usr/bin/consul", (1, 8)),
     release="/app/releases/smollm2-135m",
+    model="smollm2-135m",
     threads=1,
 )
 
@@ -102,7 +103,8 @@ def test_what_does_not_speak_as_consul_does_is_not_started() -> None:
         consul_version("")
 
 
-def test_the_welcome_names_the_address_and_the_way_nodes_are_found() -> None:
+def test_the_welcome_names_the_address_the_model_and_the_way_nodes_are_found() -> None:
+    assert 'model="mine"' in welcome(replace(REQUEST, model="mine"))
     assert "http://127.0.0.1:9000/v1" in welcome(REQUEST)
     assert "static list" in welcome(replace(REQUEST, discovery=None))
     assert "Consul at http://c:8500" in welcome(replace(REQUEST, discovery=ForeignConsul("http://c:8500")))

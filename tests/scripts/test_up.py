@@ -51,7 +51,7 @@ class MakeUp:
             (root / package).mkdir()
             (root / package / "__main__.py").write_text(STAND_IN)
         (root / "releases/smollm2-135m").mkdir(parents=True)
-        (root / "releases/smollm2-135m/manifest.json").write_text("{}")
+        (root / "releases/smollm2-135m/manifest.json").write_text('{"model": "smollm2-135m"}')
 
     def __call__(self, *arguments: str, **environment: str) -> Up:
         up = Up(self.root, arguments or ("--static",), environment)
