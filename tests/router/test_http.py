@@ -320,7 +320,9 @@ async def test_cancelling_a_finished_response_answers_with_it_unchanged(
     router: FakeRouter, http: ClientSession
 ) -> None:
     router.links.node("eu", saying("Hi")).come_up()
-    made = await (await http.post("/v1/responses", json=BODY)).json()
+    async with http.post("/v1/responses", json=BODY) as answer:
+        assert answer.headers["x-edge-node"] == "eu"
+        made = await answer.json()
     Response.model_validate(made)
     async with http.post(f"/v1/responses/{made['id']}/cancel") as answer:
         assert await answer.json() == made

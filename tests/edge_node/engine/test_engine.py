@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from core.conversation import Item
-from core.frames import Done, Failed, Progress, Row, Started, Text
+from core.frames import Done, Failed, Progress, Row, Started, Text, Usage
 from edge_node.engine.engine import Engine, EngineLimits, Output
 from tests.fakes import STOP_ID, FakeParser, FakeRunner, FakeSpeech, fake_manifest, generate, said_alone
 
@@ -41,7 +41,8 @@ def test_a_stream_starts_says_rows_in_order_and_ends_once() -> None:
     rows = [output for output in outputs if isinstance(output, Row)]
     assert [row.seq for row in rows] == list(range(len(rows)))
     assert ids_of(outputs) == said_alone(request, CONTEXT)
-    assert isinstance(outputs[-1], Done) and outputs[-1].usage.output_tokens == len(rows)
+    assert isinstance(outputs[-1], Done)
+    assert outputs[-1].usage == Usage(input_tokens=5, cached_tokens=0, output_tokens=len(rows))
     assert sum(isinstance(output, Done | Failed) for output in outputs) == 1
 
 
