@@ -126,7 +126,7 @@ def test_without_any_node_a_request_is_told_to_come_back(make_fleet: MakeFleet) 
 def test_a_client_that_leaves_stops_its_unstored_answer(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(nodes=["eu"], router={"ROUTER__SESSION__ORPHAN_GRACE_S": "600"})
     with raw_socket(fleet) as socket:
-        say(socket, input="Tell me a very long story.", store=False, max_output_tokens=2048)
+        say(socket, input="Tell me a very long story.", store=False, temperature=0, max_output_tokens=2048)
         while receive(socket)["type"] != "response.output_text.delta":
             pass
         eventually(lambda: running(fleet)["eu"] == 1)
@@ -136,7 +136,7 @@ def test_a_client_that_leaves_stops_its_unstored_answer(make_fleet: MakeFleet) -
 def test_a_stored_answer_goes_on_without_its_client_until_the_grace_ends(make_fleet: MakeFleet) -> None:
     fleet = make_fleet(nodes=["eu"], router={"ROUTER__SESSION__ORPHAN_GRACE_S": "3"})
     with raw_socket(fleet) as socket:
-        say(socket, input="Tell me a very long story.", max_output_tokens=3000)
+        say(socket, input="Tell me a very long story.", temperature=0, max_output_tokens=3000)
         response_id = receive(socket)["response"]["id"]
         while receive(socket)["type"] != "response.output_text.delta":
             pass
