@@ -42,9 +42,12 @@ def main() -> None:
         "release": manifest.release,
         "onnxruntime": onnxruntime.__version__,
         "threads": options.threads,
-        "prefill_tokens_s": {length: round(prefill_rate(runner, length)) for length in (128, 256, 512)},
     }
     for streams in (1, SLOTS):
+        if options.bare:
+            steps_s = [bare_step_s(runner, streams, options.steps) for _ in range(options.repeats)]
+            report[f"streams_{streams}"] = {"bare_tokens_s": round(streams / statistics.median(steps_s), 1)}
+            continue
         bare, engine = [], []
         for _ in range(options.repeats):
             bare.append(bare_step_s(runner, streams, options.steps))
@@ -54,7 +57,9 @@ def main() -> None:
             "engine_tokens_s": round(streams / statistics.median(engine), 1),
             "engine_overhead_ms_a_step": round(1e3 * (statistics.median(engine) - statistics.median(bare)), 3),
         }
-    report["sampler_us"] = sampler_us(manifest)
+    if not options.bare:
+        report["prefill_tokens_s"] = {length: round(prefill_rate(runner, length)) for length in (128, 256, 512)}
+        report["sampler_us"] = sampler_us(manifest)
     print(json.dumps(report, indent=2))
 
 
@@ -130,6 +135,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime (default 1)")
     parser.add_argument("--steps", type=int, default=64, help="decode steps of a measurement (default 64)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each loop (default 3)")
+    parser.add_argument("--bare", action="store_true", help="the bare loop only")
     return parser.parse_args()
 
 

@@ -58,8 +58,10 @@ class Figure:
 
 
 def figure(what: str, values: list[float], unit: str) -> Figure:
-    """Median and range of repeated measurements."""
-    return Figure(what, statistics.median(values), min(values), max(values), unit)
+    """Median and range of repeated measurements; told at once, since the whole takes minutes."""
+    measured = Figure(what, statistics.median(values), min(values), max(values), unit)
+    print(measured.row(), file=sys.stderr, flush=True)
+    return measured
 
 
 def measure_export() -> list[Figure]:
@@ -85,7 +87,7 @@ def measure_export() -> list[Figure]:
 def bare_loop() -> dict[int, float]:
     """Tokens per second of the graph alone, by number of streams, in a process of its own."""
     command = [sys.executable, "-m", "tests.bench.bare_loop", str(RELEASE)]
-    command += ["--threads", str(THREADS), "--steps", str(NEW_TOKENS // 2), "--repeats", "1"]
+    command += ["--threads", str(THREADS), "--steps", str(NEW_TOKENS // 2), "--repeats", "1", "--bare"]
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     measured = json.loads(printed)
     return {streams: measured[f"streams_{streams}"]["bare_tokens_s"] for streams in STREAMS}
@@ -164,7 +166,8 @@ async def measure_product(fleet: Fleet, secret: str) -> list[Figure]:
     await product(fleet, 2)  # warm
     bare: dict[int, list[float]] = {streams: [] for streams in STREAMS}
     through: dict[int, list[float]] = {streams: [] for streams in STREAMS}
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        print(f"round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         for streams, rate in (await asyncio.to_thread(bare_loop)).items():
             bare[streams].append(rate)
             through[streams].append(await product(fleet, streams))
