@@ -10,9 +10,11 @@ import hmac
 import secrets
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from core.conversation import MAX_ITEMS, Item
 from core.errors import NoNodeAvailable, PreviousResponseNotFound, RequestError, UnknownModel
-from core.stream import RequestRecord, output_items
+from core.stream import Request, RequestRecord, output_items
 from router.api.call import Call, rendered
 from router.errors import Draining
 from router.fleet import Fleet
@@ -56,6 +58,7 @@ class Dispatcher:
         """
         if self.draining:
             raise Draining
+        _check_numbers(call.request)
         model = call.request.model
         if not self._fleet.knows(model):
             known = self._fleet.models()
@@ -106,3 +109,11 @@ class Dispatcher:
                 raise RequestError(sentence, param="previous_response_id")
             response_id = past.record.request.previous_response_id
         return [item for turn in reversed(turns) for item in turn]
+
+
+def _check_numbers(request: Request) -> None:
+    """JSON's numbers have no end, those of link and store have 64 bits; raises RequestError."""
+    try:
+        msgspec.msgpack.encode(request)
+    except OverflowError as error:
+        raise RequestError("A number in the request has more than 64 bits; send a smaller one.") from error

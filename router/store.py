@@ -8,6 +8,7 @@ docs/decisions/052-store.md gives the reasons.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sqlite3
 import time
@@ -21,6 +22,8 @@ import msgspec
 from core.errors import StoreUnavailable
 from core.frames import Delta
 from core.stream import EndRecord, RequestRecord
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -70,6 +73,7 @@ class ResponseStore:
         self._closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self._connection: sqlite3.Connection
+        self._file: tuple[int, int] | None = None
 
     @classmethod
     async def open(cls, path: Path, *, keep_s: float | None = None) -> ResponseStore:
@@ -87,15 +91,15 @@ class ResponseStore:
 
     async def put(self, stored: StoredResponse) -> None:
         """Keep a response, in place of one with the same tenant and id."""
-        await self._run(lambda: self._put(stored))
+        await self._run(lambda: self._in_place()._put(stored))
 
     async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
         """A tenant's response; another tenant's is as unknown as one that never was."""
-        return await self._run(lambda: self._get(tenant, response_id))
+        return await self._run(lambda: self._in_place()._get(tenant, response_id))
 
     async def delete(self, tenant: str, response_id: str) -> bool:
         """Forget a tenant's response; False if there was none."""
-        return await self._run(lambda: self._delete(tenant, response_id))
+        return await self._run(lambda: self._in_place()._delete(tenant, response_id))
 
     async def close(self) -> None:
         """Finish what was accepted, then close the file; nothing is taken any more."""
@@ -131,6 +135,14 @@ class ResponseStore:
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
             raise StoreUnavailable(f"The store {self._path} cannot hold or read this response: {error}.") from error
 
+    def _in_place(self) -> ResponseStore:
+        """Begin anew if the file was removed or replaced: SQLite would go on writing to what nobody can find again."""
+        if self._file != _identity(self._path):
+            log.error("the store %s was removed or replaced while it was in use; it is opened again", self._path)
+            self._connection.close()
+            self._open()
+        return self
+
     def _open(self) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Before SQLite sees it, so that its -wal and -shm files take over the mode.
@@ -145,6 +157,7 @@ class ResponseStore:
             connection.execute("PRAGMA synchronous = NORMAL")
             self._check_schema(connection)
             self._connection = connection
+            self._file = _identity(self._path)
             with connection:
                 self._forget_old()
         except BaseException:
@@ -185,6 +198,15 @@ class ResponseStore:
     def _delete(self, tenant: str, response_id: str) -> bool:
         query = "DELETE FROM responses WHERE tenant = ? AND id = ?"
         return self._connection.execute(query, (tenant, response_id)).rowcount > 0
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path leads to; None for none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _reason(error: sqlite3.Error | OSError) -> str:

@@ -245,3 +245,21 @@ async def test_responses_past_their_time_are_forgotten(tmp_path: Path) -> None:
         assert await store.get("acme", "resp_new") is not None
         await store.put(response("resp_late", created_at=2))
         assert await store.get("acme", "resp_late") is None
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_store_whose_file_was_taken_away_begins_anew_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, replaced: bool
+) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        await store.put(response("resp_r_1"))
+        for file in tmp_path.iterdir():
+            file.unlink()
+        if replaced:
+            path.touch()
+        await store.put(response("resp_r_2"))
+        assert await store.get("acme", "resp_r_1") is None
+    assert "removed or replaced" in caplog.text
+    async with opened(path) as store:
+        assert await store.get("acme", "resp_r_2") == response("resp_r_2")
