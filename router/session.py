@@ -4,6 +4,9 @@
        ^                          |
        +---- node lost, epoch+1 --+
 
+A response is promised when a node has first said anything about it: until then a refusal (too long, no room, no node)
+is an error and no response, whatever the client speaks.
+
 Events and an `Instant` go in, effects come out; the caller carries them out in order. Does not know
 sockets, the store, how a node is chosen or what clients speak (`router/api` translates the events).
 
@@ -34,6 +37,8 @@ class Instant(NamedTuple):
     mono_s: float
     unix_s: int
 
+
+CANCELLED = Failure("cancelled", "The request was cancelled before it began; send it again.", True)
 
 # -- effects -----------------------------------------------------------------------------------
 
@@ -80,13 +85,19 @@ class Finished(msgspec.Struct, frozen=True):
     end: EndRecord
 
 
-Effect: TypeAlias = SendNode | NeedNode | Deliver | Serving | Reading | Finished
+class Refused(msgspec.Struct, frozen=True):
+    """The session is over before anything was promised: there is an error, and no response to keep."""
+
+    failure: Failure
+
+
+Effect: TypeAlias = SendNode | NeedNode | Deliver | Serving | Reading | Finished | Refused
 NodeFrame: TypeAlias = Started | Progress | Row | Done | Failed
 
 
 class Session:
     """Invariants: at most one node is responsible at a time, under the current `epoch`; every id in
-    `ids` has been turned into events exactly once; exactly one `Finished` is ever returned, last.
+    `ids` has been turned into events exactly once; exactly one `Finished` or `Refused` is ever returned, last.
 
     items: the whole conversation to be rendered, instructions and history included.
     orphan_grace_s: how long a stored response goes on without a reader.
@@ -108,12 +119,10 @@ class Session:
         self._orphan_grace_s = orphan_grace_s
         self._excluded: set[str] = set()
         self._moved_because: Failure | None = None
+        self.ended = False
+        self._opened = False
         self._readers = 1
         self._orphaned_at_s: float | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self.log.closed
 
     @property
     def wake_at_s(self) -> float | None:
@@ -125,8 +134,14 @@ class Session:
     # -- dispatch ------------------------------------------------------------------------------
 
     def start(self, node: str, now: Instant) -> list[Effect]:
-        """Begin on a node that was chosen before the response was promised to the client."""
-        return [Deliver(self.log.open()), *self.assign(node, now)]
+        """Begin on a node; its first word opens the log."""
+        return self.assign(node, now)
+
+    def warm_up(self, now: Instant) -> list[Effect]:
+        """Answer with nothing, without a node: the id can be continued from."""
+        self._opened = True
+        end = EndRecord(status="completed", completed_at=now.unix_s, usage=Usage(0, 0, 0))
+        return [Deliver(self.log.open()), *self._end(end)]
 
     def assign(self, node: str | None, now: Instant) -> list[Effect]:
         """The answer to `NeedNode`; None = there is none, which ends the response retryably."""
@@ -136,7 +151,7 @@ class Session:
             return self._fail(self._moved_because or _failure(NoNodeAvailable(self.record.request.model)), now)
         self.node = node
         self.epoch += 1
-        return [SendNode(node, self._generate()), Serving(node)]
+        return [SendNode(node, self._generate()), *([Serving(node)] if self._opened else [])]
 
     def on_node_lost(self, node: str, now: Instant) -> list[Effect]:
         """The link of `node` broke or its engine died under this stream: another node continues by ids."""
@@ -177,6 +192,17 @@ class Session:
         if self.ended or node != self.node or frame.epoch != self.epoch:
             self.dropped_frames += 1
             return []
+        if isinstance(frame, Failed):
+            return self._on_failed(node, frame, now)
+        return [*self._open(node), *self._on_word(frame, now)]
+
+    def _open(self, node: str) -> list[Effect]:
+        if self._opened:
+            return []
+        self._opened = True
+        return [Deliver(self.log.open()), Serving(node)]
+
+    def _on_word(self, frame: Started | Progress | Row | Done, now: Instant) -> list[Effect]:
         match frame:
             case Started():
                 self.input_tokens, self.cached_tokens = frame.input_tokens, frame.cached_tokens
@@ -189,8 +215,6 @@ class Session:
                 return self._on_row(frame, now)
             case Done():
                 return self._on_done(frame, now)
-            case Failed():
-                return self._on_failed(node, frame, now)
 
     def _on_row(self, row: Row, now: Instant) -> list[Effect]:
         known = len(self.ids) - row.seq
@@ -269,6 +293,9 @@ class Session:
 
     def _end(self, end: EndRecord) -> list[Effect]:
         self.node = None
+        self.ended = True
+        if not self._opened:
+            return [Refused(end.error or CANCELLED)]
         events = self.log.close(end)
         return [Deliver(events), Finished(self.record, self.ids, self.deltas, end)]
 

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from core.conversation import Item
 from core.errors import StoreUnavailable
-from core.frames import Cancel, Done, Drain, Failed, Generate, Progress, Row, Started, Status, Tokens, Usage
+from core.frames import Cancel, Done, Drain, Failed, Generate, Progress, Row, Started, Status, Tokens
 from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog, replay
 from router.fleet import Fleet, Node
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
@@ -29,6 +29,7 @@ from router.session import (
     NeedNode,
     NodeFrame,
     Reading,
+    Refused,
     SendNode,
     Serving,
     Session,
@@ -82,12 +83,16 @@ class Shelf:
 
 
 class Reader(Protocol):
-    """Somebody who follows a response. All calls are synchronous and must not block; `on_end` is the last."""
+    """Somebody who follows a response. All calls are synchronous and must not block.
+
+    The last is `on_end`, or `on_refused` if nothing was promised: then it is also the first.
+    """
 
     def on_events(self, events: list[Event]) -> None: ...
     def on_serving(self, node: Node) -> None: ...
     def on_reading(self, computed: int, total: int) -> None: ...
     def on_end(self, response: StoredResponse) -> None: ...
+    def on_refused(self, failure: Failure) -> None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -139,7 +144,7 @@ class Sessions:
     # -- what clients do -----------------------------------------------------------------------
 
     def start(self, record: RequestRecord, items: list[Item], node: str, reader: Reader, salt: str) -> Running:
-        """Dispatch to a node that was chosen just now; the reader gets the opening events at once."""
+        """Dispatch to a node that was chosen just now; the reader hears of it when the node has answered."""
         session = Session(record, items, cache_salt=salt, orphan_grace_s=self._orphan_grace_s)
         running = self._admit(session, reader)
         self._carry_out(running, session.start(node, self._now()))
@@ -149,9 +154,7 @@ class Sessions:
         """Answer with nothing, without a node: the id can be continued from."""
         session = Session(record, [], cache_salt="", orphan_grace_s=0.0)
         running = self._admit(session, reader)
-        self._deliver(running, session.log.open())
-        end = EndRecord(status="completed", completed_at=self._now().unix_s, usage=Usage(0, 0, 0))
-        self._finish(running, session.log.close(end), Finished(record, [], [], end))
+        self._carry_out(running, session.warm_up(self._now()))
         return running
 
     def find(self, tenant: str, response_id: str) -> Running | None:
@@ -273,6 +276,8 @@ class Sessions:
                         reader.on_reading(computed, total)
                 case Finished() as alone:
                     self._finish(running, [], alone)
+                case Refused(failure):
+                    self._refuse(running, failure)
 
     def _send(self, session: Session, node: str, frame: Generate | Cancel) -> list[Effect]:
         sent = self._links.send(node, frame)
@@ -287,6 +292,12 @@ class Sessions:
         running.delivered += len(events)
         for reader in list(running.readers):
             reader.on_events(events)
+
+    def _refuse(self, running: Running, failure: Failure) -> None:
+        self._table.pop(running.record.id, None)
+        for reader in list(running.readers):
+            reader.on_refused(failure)
+        running.over.set()
 
     def _finish(self, running: Running, last: list[Event], finished: Finished) -> None:
         response = StoredResponse(finished.record, finished.ids, finished.deltas, finished.end)

@@ -94,8 +94,8 @@ class Engine:
     def submit(self, request: Generate, now_s: float) -> list[Output]:
         """Accept a stream, or a newer epoch of a known one; older and equal epochs are dropped.
 
-        Returns [] when it was queued, a Failed when it was refused, Started and Done when its given
-        ids already end it.
+        Returns a Progress of nothing when it was queued, which is a promise to answer it; a Failed when it was
+        refused; Started and Done when its given ids already end it; [] when it was dropped.
         """
         known = self._sequences.get(request.stream)
         if known is not None:
@@ -112,7 +112,7 @@ class Engine:
             return [_started(sequence), _done(sequence, sequence.finish, now_s)]
         self._sequences[request.stream] = sequence
         self._scheduler.add(sequence)
-        return []
+        return [_progress(sequence)]
 
     def cancel(self, stream: str, epoch: int, now_s: float) -> list[Output]:
         """End a stream unless it has a newer epoch than the one meant."""
@@ -204,8 +204,7 @@ class Engine:
             sequence.announced = True
             outputs.append(_started(sequence))
         if sequence.reading:
-            request, total = sequence.request, len(sequence.prompt)
-            outputs.append(Progress(request.stream, request.epoch, sequence.computed, total))
+            outputs.append(_progress(sequence))
         if advanced.logits is not None:
             outputs.extend(self._sampled(sequence, advanced.logits, now_s))
         return outputs
@@ -236,6 +235,10 @@ class Engine:
 def _started(sequence: Sequence) -> Started:
     request = sequence.request
     return Started(request.stream, request.epoch, len(sequence.prompt), 0, sequence.dropped_items)
+
+
+def _progress(sequence: Sequence) -> Progress:
+    return Progress(sequence.request.stream, sequence.request.epoch, sequence.computed, len(sequence.prompt))
 
 
 def _done(sequence: Sequence, finish: Finish, now_s: float) -> Done:

@@ -12,6 +12,9 @@ from typing import Any
 from core.errors import EdgechatError
 from core.stream import Event, Failure
 
+RETRY_AFTER_S = 2.0
+_PARAMS = {"context_length_exceeded": "input"}
+
 
 def error_object(error: EdgechatError) -> dict[str, Any]:
     """OpenAI's error object. type: which side has to act."""
@@ -44,9 +47,10 @@ def error_event(error: EdgechatError, stream_id: str | None = None) -> Event:
 
 
 def from_failure(failure: Failure) -> EdgechatError:
-    """Why a response failed as the error that a client waiting for one JSON gets."""
+    """Why a response failed or was refused, as the error that a client gets who was promised nothing yet."""
     kind = next((leaf for leaf in _leaves(EdgechatError) if leaf.code == failure.code), EdgechatError)
-    error = EdgechatError(failure.message)
+    retry_after_s = RETRY_AFTER_S if kind.status == 503 else None
+    error = EdgechatError(failure.message, param=_PARAMS.get(failure.code), retry_after_s=retry_after_s)
     error.code, error.status, error.retryable = failure.code, kind.status, failure.retryable
     return error
 

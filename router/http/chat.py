@@ -33,10 +33,7 @@ async def _stream(request: web.Request, context: Context, tenant: str, chat: Cha
         reader = sse.SseReader(outbox, _Translator(chat.include_usage))
         running = await context.dispatcher.begin(tenant, chat.call, reader)
         try:
-            # A node may still refuse; until it has said something that can be an honest HTTP status.
-            await reader.begun.wait()
-            if not reader.wrote and reader.end and reader.end.end.error:
-                raise from_failure(reader.end.end.error)
+            await reader.begin()
             return await sse.send(request, reader, outbox, lambda: _closing(reader))
         finally:
             context.sessions.leave(running, reader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from core.stream import Event
+from core.stream import Event, Failure
 from router.api.errors import from_failure
 from router.fleet import Node
 from router.store import StoredResponse
@@ -17,7 +17,7 @@ class Whole:
     def __init__(self) -> None:
         self.node = ""
         self._last: Event = {}
-        self._end: asyncio.Future[StoredResponse] = asyncio.get_running_loop().create_future()
+        self._end: asyncio.Future[StoredResponse | Failure] = asyncio.get_running_loop().create_future()
 
     def on_events(self, events: list[Event]) -> None:
         if events:
@@ -33,9 +33,15 @@ class Whole:
         if not self._end.done():
             self._end.set_result(response)
 
+    def on_refused(self, failure: Failure) -> None:
+        if not self._end.done():
+            self._end.set_result(failure)
+
     async def stored(self) -> StoredResponse:
-        """The finished response; raises EdgechatError if it failed."""
+        """The finished response; raises EdgechatError if it failed or was refused."""
         response = await asyncio.shield(self._end)
+        if isinstance(response, Failure):
+            raise from_failure(response)
         if response.end.status == "failed" and response.end.error is not None:
             raise from_failure(response.end.error)
         return response

@@ -32,6 +32,7 @@ async def _stream(request: web.Request, context: Context, tenant: str, call: Cal
         reader = sse.SseReader(outbox, sse.named)
         running = await context.dispatcher.begin(tenant, call, reader)
         try:
+            await reader.begin()
             return await sse.send(request, reader, outbox, lambda: b"")
         finally:
             context.sessions.leave(running, reader)

@@ -13,9 +13,9 @@ from collections import OrderedDict, deque
 from aiohttp import web
 
 from core.errors import EdgechatError, Overloaded, RequestError, ResponseNotFound
-from core.stream import Event
+from core.stream import Event, Failure
 from router.api.call import Call
-from router.api.errors import error_event
+from router.api.errors import error_event, from_failure
 from router.api.responses import (
     Cancel,
     Create,
@@ -77,10 +77,10 @@ class ResponsesConnection:
                 case Cancel(response_id):
                     self._cancel(response_id)
         except EdgechatError as error:
-            self._refuse(error, stream_id_of(text))
+            self.refuse(error, stream_id_of(text))
 
     def on_binary(self) -> None:
-        self._refuse(RequestError("Binary frames are not spoken here; send JSON in text frames."), None)
+        self.refuse(RequestError("Binary frames are not spoken here; send JSON in text frames."), None)
 
     def keep(self, response: StoredResponse) -> None:
         """Remember an unstored response for `previous_response_id`, the newest `MAX_KEPT` of them."""
@@ -123,12 +123,12 @@ class ResponsesConnection:
         try:
             running = await self._context.dispatcher.begin(self._tenant, call, reader, self._kept)
         except EdgechatError as error:
-            self._refuse(error, call.stream_id)
+            self.refuse(error, call.stream_id)
             return
         except Exception:
             log.exception("a response on %s could not be started", self.peer.id)
             sentence = f"The router made a mistake; report the connection id {self.peer.id}."
-            self._refuse(EdgechatError(sentence), call.stream_id)
+            self.refuse(EdgechatError(sentence), call.stream_id)
             return
         try:
             await reader.over.wait()
@@ -141,7 +141,8 @@ class ResponsesConnection:
             raise ResponseNotFound(response_id)
         self._context.sessions.cancel(running)
 
-    def _refuse(self, error: EdgechatError, stream_id: str | None) -> None:
+    def refuse(self, error: EdgechatError, stream_id: str | None) -> None:
+        """Say an error that belongs to no response."""
         self._context.metrics.refusals.labels(error.code).inc()
         self.peer.send(error_event(error, stream_id))
 
@@ -173,4 +174,8 @@ class _LaneReader:
     def on_end(self, response: StoredResponse) -> None:
         if not response.record.request.store:
             self._connection.keep(response)
+        self.over.set()
+
+    def on_refused(self, failure: Failure) -> None:
+        self._connection.refuse(from_failure(failure), self._stream_id)
         self.over.set()

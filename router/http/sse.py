@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 import msgspec
 from aiohttp import web
 
-from core.stream import Event
+from core.stream import Event, Failure
+from router.api.errors import from_failure
 from router.fleet import Node
 from router.http.context import Context, request_id
 from router.http.outbox import Outbox
@@ -33,7 +34,7 @@ def unnamed(chunk: Event) -> bytes:
 class SseReader:
     """Writes what `translate` makes of events into an outbox.
 
-    begun: set at the first byte, or at the end if there is none; `end` then says how it ended.
+    begun: set at the first byte, or at the end if there is none; `end` or `refused` then says how it ended.
     """
 
     def __init__(self, outbox: Outbox, translate: Callable[[Event], bytes]) -> None:
@@ -41,6 +42,7 @@ class SseReader:
         self.begun = asyncio.Event()
         self.wrote = False
         self.end: StoredResponse | None = None
+        self.refused: Failure | None = None
         self._outbox = outbox
         self._translate = translate
 
@@ -60,6 +62,18 @@ class SseReader:
         self.end = response
         self.begun.set()
         self._outbox.finish()
+
+    def on_refused(self, failure: Failure) -> None:
+        self.refused = failure
+        self.begun.set()
+        self._outbox.finish()
+
+    async def begin(self) -> None:
+        """Wait until there is something to say; raises EdgechatError while that can still be an honest HTTP status."""
+        await self.begun.wait()
+        failure = self.refused or (self.end.end.error if self.end and not self.wrote else None)
+        if failure is not None:
+            raise from_failure(failure)
 
 
 @asynccontextmanager

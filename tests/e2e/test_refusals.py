@@ -73,6 +73,16 @@ def test_a_context_that_is_too_long_is_told_both_numbers(fleet: Fleet) -> None:
     assert max(numbers) > 9000
 
 
+def test_a_context_that_is_too_long_is_refused_before_any_stream_begins(fleet: Fleet) -> None:
+    long = "river " * 9000
+    with raw_socket(fleet) as socket:
+        say(socket, input=long)
+        refusal = receive(socket)
+    assert (refusal["type"], refusal["status"], refusal["code"]) == ("error", 400, "context_length_exceeded")
+    body = {"model": MODEL, "input": long, "stream": True}
+    assert http(f"{fleet.base_url}/responses", method="POST", body=body).status == 400
+
+
 def test_another_origin_may_not_use_the_developers_key(fleet: Fleet) -> None:
     assert http(f"{fleet.url}/v1/models").status == 200
     request = Request(

@@ -12,7 +12,7 @@ import pytest
 
 from core.conversation import Item
 from core.errors import ConfigError
-from core.frames import Done, Generate, Row, Sampling, Text
+from core.frames import Done, Generate, Progress, Row, Sampling, Text
 from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
 from edge_node.engine import engine as engine_module
 from edge_node.engine.engine import Engine, EngineLimits
@@ -93,7 +93,8 @@ def say(
     coming, step, done = list(requests), 0, 0
     while coming or engine.running or engine.waiting:
         while coming and step >= apart * (len(requests) - len(coming)):
-            assert engine.submit(coming.pop(0), 0.0) == []
+            (accepted,) = engine.submit(coming.pop(0), 0.0)
+            assert isinstance(accepted, Progress)
         plan = engine.plan(0.0)
         outputs = [] if plan is None else engine.commit(plan, runner.run(plan), 0.0)
         engine.check_invariants()

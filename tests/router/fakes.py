@@ -161,14 +161,15 @@ class FakeLinks:
             case Cancel():
                 self.cancels.put_nowait((target, frame))
             case Generate():
-                self.generates.put_nowait((target, frame))
-                if target.script is not None:
-                    asyncio.get_running_loop().call_soon(self._play, target, target.script(frame))
+                asyncio.get_running_loop().call_soon(self._take, target, frame)
         return True
 
-    def _play(self, node: FakeNode, frames: list[Said]) -> None:
-        for frame in frames:
-            node.say(frame)
+    def _take(self, node: FakeNode, frame: Generate) -> None:
+        """A node without a script accepts the stream, as a real one does at once, and leaves the rest to the test."""
+        accepted: list[Said] = [Progress(frame.stream, frame.epoch, 0, 5)]
+        for said in node.script(frame) if node.script is not None else accepted:
+            node.say(said)
+        self.generates.put_nowait((node, frame))
 
 
 class FakeStore:

@@ -77,6 +77,22 @@ async def test_a_chat_stream_ends_with_done(router: FakeRouter, http: ClientSess
     assert all(json.loads(data)["object"] == "chat.completion.chunk" for _, data in blocks[:-1])
 
 
+@pytest.mark.parametrize(("path", "body"), [("/v1/responses", BODY), ("/v1/chat/completions", CHAT)])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_a_node_refuses_is_an_http_status_also_for_streams(
+    router: FakeRouter, http: ClientSession, path: str, body: dict[str, object], stream: bool
+) -> None:
+    router.links.node("eu", failing("context_length_exceeded", "9000 tokens, 2048 fit.")).come_up()
+    async with http.post(path, json=body | {"stream": stream}) as answer:
+        assert answer.status == 400
+        error = (await answer.json())["error"]
+    assert (error["code"], error["param"], error["message"]) == (
+        "context_length_exceeded",
+        "input",
+        "9000 tokens, 2048 fit.",
+    )
+
+
 async def test_a_chat_stream_that_fails_midway_says_so_in_the_stream(router: FakeRouter, http: ClientSession) -> None:
     node = router.links.node("eu", lambda frame: saying("Hi", " there")(frame)[:2])
     node.come_up()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.frames import Cancel, Done, Failed, Generate, Progress, Row, Sampling, Started, Timings, Usage
-from core.stream import Event, replay
+from core.stream import Event, Failure, replay
 from router.session import (
     MAX_DISPATCHES,
     Deliver,
@@ -18,6 +18,7 @@ from router.session import (
     Instant,
     NeedNode,
     Reading,
+    Refused,
     SendNode,
     Serving,
     Session,
@@ -30,11 +31,17 @@ STREAM = "resp_t_1"
 TERMINAL = {"response.completed", "response.incomplete", "response.failed"}
 
 
-def started(**changes: object) -> tuple[Session, list[Effect]]:
-    """A session that node `a` answers."""
+def dispatched(**changes: object) -> tuple[Session, list[Effect]]:
+    """A session that was sent to node `a`, which has not answered yet."""
     made = record(**changes)
     session = Session(made, made.request.input, cache_salt="salt", orphan_grace_s=30.0)
     return session, session.start("a", NOW)
+
+
+def started(**changes: object) -> tuple[Session, list[Effect]]:
+    """A session that node `a` has accepted."""
+    session, effects = dispatched(**changes)
+    return session, [*effects, *session.on_frame("a", Progress(STREAM, 1, 0, 5), NOW)]
 
 
 def row(epoch: int, seq: int, count: int = 1) -> Row:
@@ -61,10 +68,42 @@ def sent(effects: list[Effect]) -> list[Generate | Cancel]:
     return [effect.frame for effect in effects if isinstance(effect, SendNode)]
 
 
-def test_a_start_promises_the_response_then_dispatches_epoch_one() -> None:
-    _, effects = started()
-    assert types(effects) == ["response.created", "response.in_progress"]
-    assert isinstance(effects[-1], Serving)
+def test_a_response_is_promised_when_its_node_has_accepted_it() -> None:
+    session, effects = dispatched()
+    assert types(effects) == []
+    promised = session.on_frame("a", Progress(STREAM, 1, 0, 5), NOW)
+    assert types(promised) == ["response.created", "response.in_progress"]
+    assert promised[1:] == [Serving("a"), Reading(0, 5)]
+    assert types(session.on_frame("a", Progress(STREAM, 1, 5, 5), NOW)) == []
+
+
+def test_a_node_lost_before_it_accepted_is_replaced_before_anything_is_promised() -> None:
+    session, _ = dispatched()
+    assert session.on_node_lost("a", NOW) == [NeedNode(RELEASE, frozenset({"a"}))]
+    assert types(session.assign("b", NOW)) == []
+    assert types(session.on_frame("b", row(2, 0), NOW))[:2] == ["response.created", "response.in_progress"]
+
+
+def test_a_request_cancelled_before_it_was_accepted_leaves_no_response() -> None:
+    session, _ = dispatched()
+    cancel, refused = session.on_cancel(NOW)
+    assert cancel == SendNode("a", Cancel(STREAM, 1))
+    assert isinstance(refused, Refused)
+    assert session.ended
+    assert session.on_frame("a", row(1, 0), NOW) == []
+
+
+def test_a_warm_up_is_answered_with_nothing_and_can_be_continued_from() -> None:
+    made = record()
+    session = Session(made, [], cache_salt="", orphan_grace_s=30.0)
+    effects = session.warm_up(NOW)
+    assert types(effects) == ["response.created", "response.in_progress", "response.completed"]
+    assert isinstance(effects[-1], Finished)
+    assert session.on_reader_left(NOW) == []
+
+
+def test_the_first_dispatch_has_epoch_one_and_everything_that_the_node_needs() -> None:
+    _, effects = dispatched()
     (frame,) = sent(effects)
     assert isinstance(frame, Generate)
     assert (frame.stream, frame.epoch, frame.release, frame.output_ids) == (STREAM, 1, RELEASE, [])
@@ -183,11 +222,11 @@ def test_a_node_that_cannot_go_on_is_replaced(code: str) -> None:
 
 
 def test_a_refusal_that_no_other_node_can_better_keeps_its_own_reason() -> None:
-    session, _ = started()
+    session, _ = dispatched()
     session.on_frame("a", failed(1, "overloaded", retryable=True), NOW)
-    (end,) = [effect.end for effect in session.assign(None, NOW) if isinstance(effect, Finished)]
-    assert end.error is not None
-    assert (end.error.code, end.error.message) == ("overloaded", "It broke; try again.")
+    (refused,) = session.assign(None, NOW)
+    assert isinstance(refused, Refused)
+    assert (refused.failure.code, refused.failure.message) == ("overloaded", "It broke; try again.")
 
 
 def test_a_conversation_that_was_cut_is_cut_at_the_same_place_by_the_next_node() -> None:
@@ -199,7 +238,13 @@ def test_a_conversation_that_was_cut_is_cut_at_the_same_place_by_the_next_node()
     assert frame.dropped_items == 4
 
 
-def test_a_refusal_by_the_node_reaches_the_client_as_it_is() -> None:
+def test_a_refusal_by_the_node_is_an_error_and_no_response() -> None:
+    session, _ = dispatched()
+    effects = session.on_frame("a", failed(1, "context_length_exceeded", retryable=False), NOW)
+    assert effects == [Refused(Failure("context_length_exceeded", "It broke; try again.", False))]
+
+
+def test_a_failure_after_the_promise_ends_the_response() -> None:
     session, _ = started()
     effects = session.on_frame("a", failed(1, "context_length_exceeded", retryable=False), NOW)
     error = events(effects)[-1]["response"]["error"]
@@ -303,16 +348,19 @@ def _apply(session: Session, step: tuple[Any, ...], waiting: bool) -> list[Effec
 def test_whatever_happens_the_log_is_the_replay_of_what_is_kept_with_one_end(
     store: bool, steps: list[tuple[Any, ...]]
 ) -> None:
-    session, effects = started(store=store)
+    session, effects = dispatched(store=store)
     for step in steps:
         waiting = not session.ended and session.node is None
         effects += _apply(session, step, waiting)
     effects += session.on_cancel(NOW)
     log = events(effects)
+    assert [isinstance(effect, Finished | Refused) for effect in effects].count(True) == 1
+    finished = effects[-1]
+    if isinstance(finished, Refused):
+        assert log == []
+        return
     assert [event["sequence_number"] for event in log] == list(range(len(log)))
     assert [event["type"] in TERMINAL for event in log].count(True) == 1
-    assert [isinstance(effect, Finished) for effect in effects].count(True) == 1
-    finished = effects[-1]
     assert isinstance(finished, Finished)
     assert finished.ids == IDS[: len(finished.ids)]
     assert log == replay(finished.record, finished.ids, finished.deltas, finished.end)

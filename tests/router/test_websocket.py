@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from core.frames import Progress
-from tests.router.fakes import CONFIG, MODEL, FakeRouter, done, running_router, saying, tokens, words
+from tests.router.fakes import CONFIG, MODEL, FakeRouter, done, failing, running_router, saying, tokens, words
 
 TERMINAL = {"response.completed", "response.incomplete", "response.failed", "error"}
 SDK_EVENT: TypeAdapter[Any] = TypeAdapter(ResponsesServerEvent)
@@ -315,10 +315,24 @@ async def test_extension_events_go_only_to_clients_that_offered_them(router: Fak
     extensions = [event for event in events if event["type"].startswith("edgechat:")]
     assert extensions == [
         {"type": "edgechat:node", "response_id": frame.stream, "node": "eu", "region": "region-eu"},
+        {"type": "edgechat:progress", "response_id": frame.stream, "computed": 0, "total": 5},
         {"type": "edgechat:progress", "response_id": frame.stream, "computed": 3, "total": 9},
     ]
     logged = [event["sequence_number"] for event in events if event not in extensions]
     assert logged == list(range(len(logged)))
+
+
+async def test_what_a_node_refuses_is_an_error_event_and_no_response(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    sentence = "The conversation has 9000 tokens, the model's context holds 2048; shorten it."
+    router.links.node("eu", failing("context_length_exceeded", sentence)).come_up()
+    await create(socket, stream_id="a")
+    event = await socket.receive_json(timeout=10)
+    assert (event["type"], event["status"], event["stream_id"]) == ("error", 400, "a")
+    assert (event["code"], event["param"], event["message"]) == ("context_length_exceeded", "input", sentence)
+    assert router.store.kept == {}
+    assert len(router.context.sessions) == 0
 
 
 @pytest.mark.parametrize("store", [True, False])

@@ -35,7 +35,7 @@ def ids_of(outputs: Iterable[Output], stream: str = "s") -> list[int]:
 
 def test_a_stream_starts_says_rows_in_order_and_ends_once() -> None:
     engine, request = engine_of(), generate(most=5)
-    assert engine.submit(request, 0.0) == []
+    assert engine.submit(request, 0.0) == [Progress("s", 1, 0, 5)], "accepted at once"
     outputs = run_dry(engine, FakeRunner(2, CONTEXT))
     assert outputs[0] == Started("s", 1, input_tokens=5, cached_tokens=0)
     rows = [output for output in outputs if isinstance(output, Row)]
@@ -115,7 +115,7 @@ def test_truncation_auto_drops_the_oldest_rounds_and_says_how_many_items() -> No
     items = [Item("message", "system", "s" * 4)]
     items += [Item("message", role, role[0] * 20) for role in ("user", "assistant", "user", "assistant", "user")]
     engine = engine_of()
-    assert engine.submit(generate(items=items, truncation="auto", most=4), 0.0) == []
+    assert engine.submit(generate(items=items, truncation="auto", most=4), 0.0) == [Progress("s", 1, 0, 24)]
     started = run_dry(engine, FakeRunner(2, CONTEXT))[0]
     assert started == Started("s", 1, input_tokens=24, cached_tokens=0, dropped_items=4)
 
@@ -130,7 +130,7 @@ def test_a_continued_response_keeps_the_cut_that_it_began_with() -> None:
 
 def test_a_full_waiting_line_refuses_and_loses_nothing_already_accepted() -> None:
     engine = engine_of(slots=1, max_waiting=1)
-    assert engine.submit(generate("a"), 0.0) == [] and engine.submit(generate("b"), 0.0) == []
+    assert [engine.submit(generate(name), 0.0) for name in "ab"] == [[Progress(name, 1, 0, 5)] for name in "ab"]
     (failed,) = engine.submit(generate("c"), 0.0)
     assert isinstance(failed, Failed) and (failed.code, failed.retryable) == ("overloaded", True)
     outputs = run_dry(engine, FakeRunner(1, CONTEXT))
@@ -142,7 +142,7 @@ def test_a_higher_epoch_replaces_and_equal_or_lower_ones_are_dropped() -> None:
     engine.submit(generate("s", "first", epoch=4), 0.0)
     plan = engine.plan(0.0)
     assert plan is not None
-    assert engine.submit(request, 0.0) == []
+    assert engine.submit(request, 0.0) == [Progress("s", 5, 0, 6)]
     assert engine.submit(generate("s", "third", epoch=5), 0.0) == []
     assert engine.submit(generate("s", "fourth", epoch=3), 0.0) == []
     assert engine.commit(plan, runner.run(plan), 0.0) == [], "the step was for an epoch that is dead"
