@@ -3,7 +3,7 @@
     export       seconds and peak memory of `python -m export`
     bare loop    the graph alone, one process, KV bound in place (tests/bench/bare_loop.py)
     product      client -> router -> link -> node -> child and back, same release, same threads
-    first token  from `response.create` to the first text delta
+    first token  from `response.create` to the first id
     router       what the router adds: the same request over the link and through the router, in turn
 
 Figures of one run belong together; the machine may be shared, so candidates alternate and medians are given.
@@ -36,7 +36,7 @@ RELEASE = ROOT / "releases/smollm2-135m"
 REPORT = ROOT / "docs/benchmarks/first.md"
 MODEL = "smollm2-135m"
 STREAMS = (1, 8)
-ROUNDS = 5
+ROUNDS = 4
 NEW_TOKENS = 128
 LATENCY_ROUNDS = 40
 THREADS = os.cpu_count() or 1
@@ -121,22 +121,22 @@ async def product(fleet: Fleet, streams: int) -> float:
     return sum(begin < moment <= end for each in times for moment in each) / (end - begin)
 
 
-async def first_delta_through_router(fleet: Fleet, prompt: str) -> float:
-    """Seconds from `response.create` on an open connection to the first text."""
+async def first_id_through_router(fleet: Fleet, prompt: str) -> float:
+    """Seconds from `response.create` on an open connection to the first id, whether or not it has text."""
     async with client(fleet) as socket:
         started = time.monotonic()
         body = {"input": prompt, "temperature": 0, "max_output_tokens": 1, "store": False}
         await socket.send(json.dumps({"type": "response.create", "model": MODEL, **body}))
         async for message in socket:
             event = json.loads(message)
-            if event["type"] == "response.output_text.delta":
+            if event["type"] == "response.output_item.added":
                 return time.monotonic() - started
-            if event["type"] == "error":
+            if event["type"] in {"response.failed", "error"}:
                 raise SystemExit(f"bench: the router answered {event}")
     raise SystemExit("bench: the router closed the connection")
 
 
-async def first_delta_over_link(link: websockets.ClientConnection, release: str, prompt: str, number: int) -> float:
+async def first_id_over_link(link: websockets.ClientConnection, release: str, prompt: str, number: int) -> float:
     """Seconds from `Generate` on an open link to the first row: what the router itself waits for."""
     started = time.monotonic()
     items = [Item("message", "user", prompt)]
@@ -178,7 +178,7 @@ async def measure_product(fleet: Fleet, secret: str) -> list[Figure]:
         figures.append(figure(f"product over bare loop, streams: {streams}", ratio, "%"))
     for words in (16, 256, 1024):
         prompt = "river " * words
-        waits = [1e3 * await first_delta_through_router(fleet, prompt) for _ in range(ROUNDS)]
+        waits = [1e3 * await first_id_through_router(fleet, prompt) for _ in range(ROUNDS)]
         figures.append(figure(f"time to first token, about {words} prompt tokens", waits, "ms"))
     figures.extend(await measure_router(fleet, secret))
     return figures
@@ -195,8 +195,8 @@ async def measure_router(fleet: Fleet, secret: str) -> list[Figure]:
     ) as link:
         await link.send(encode(Hello(PROTOCOL, "bench", "bench", "")))
         for number in range(LATENCY_ROUNDS):
-            direct.append(1e3 * await first_delta_over_link(link, release, "Hi", number))
-            routed.append(1e3 * await first_delta_through_router(fleet, "Hi"))
+            direct.append(1e3 * await first_id_over_link(link, release, "Hi", number))
+            routed.append(1e3 * await first_id_through_router(fleet, "Hi"))
     added = [through - alone for through, alone in zip(routed, direct, strict=True)]
     return [
         figure("first token over the link", direct, "ms"),
