@@ -43,9 +43,16 @@ from router.session import Instant
 from router.store import StoredResponse
 
 MODEL = "tiny"
+BODY = {"model": MODEL, "input": "hi"}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 RELEASE = "tiny@0123456789ab"
 Said: TypeAlias = Tokens | Started | Progress | Done | Failed
 Script: TypeAlias = Callable[[Generate], list[Said]]
+
+
+def with_key(name: str) -> dict[str, str]:
+    """The header of a client whose key is `name`."""
+    return {"Authorization": f"Bearer {name}"}
 
 
 def record(**changes: object) -> RequestRecord:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -21,24 +20,6 @@ from tests.router.fakes import CONFIG, MODEL, FakeRouter, done, failing, running
 TERMINAL = {"response.completed", "response.incomplete", "response.failed", "error"}
 SDK_EVENT: TypeAdapter[Any] = TypeAdapter(ResponsesServerEvent)
 KEY = {"Authorization": "Bearer alice"}
-
-
-@pytest.fixture
-async def router() -> AsyncIterator[FakeRouter]:
-    async with running_router() as router:
-        yield router
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
-async def socket(router: FakeRouter, http: ClientSession) -> AsyncIterator[ClientWebSocketResponse]:
-    async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
-        yield socket
 
 
 async def create(socket: ClientWebSocketResponse, **fields: Any) -> None:
@@ -68,10 +49,10 @@ async def test_every_frame_is_valid_under_the_sdks_own_models(
 
 
 async def test_the_handshake_names_the_connection_and_never_echoes_the_key(
-    router: FakeRouter, http: ClientSession
+    router: FakeRouter, anyone: ClientSession
 ) -> None:
     offered = ("openai-insecure-api-key.alice", "unheard.of", "responses.v1.json")
-    async with http.ws_connect(f"{router.ws_url}/v1/responses", protocols=offered) as socket:
+    async with anyone.ws_connect(f"{router.ws_url}/v1/responses", protocols=offered) as socket:
         assert socket.protocol == "responses.v1.json"
         head = socket._response.headers
         assert head["x-connection-id"].startswith("conn_")
@@ -81,29 +62,29 @@ async def test_the_handshake_names_the_connection_and_never_echoes_the_key(
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic alice"}])
 @pytest.mark.parametrize("path", ["/v1/responses", "/ws"])
 async def test_a_wrong_key_is_a_401_at_the_handshake(
-    router: FakeRouter, http: ClientSession, headers: dict[str, str], path: str
+    router: FakeRouter, anyone: ClientSession, headers: dict[str, str], path: str
 ) -> None:
     with pytest.raises(WSServerHandshakeError) as caught:
-        await http.ws_connect(router.ws_url + path, headers=headers)
+        await anyone.ws_connect(router.ws_url + path, headers=headers)
     assert caught.value.status == 401
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/ws"])
 async def test_a_key_that_may_not_chat_is_a_403_at_the_handshake(
-    router: FakeRouter, http: ClientSession, path: str
+    router: FakeRouter, anyone: ClientSession, path: str
 ) -> None:
     with pytest.raises(WSServerHandshakeError) as caught:
-        await http.ws_connect(router.ws_url + path, headers={"Authorization": "Bearer ops"})
+        await anyone.ws_connect(router.ws_url + path, headers={"Authorization": "Bearer ops"})
     assert caught.value.status == 403
 
 
 async def test_a_client_that_does_not_answer_a_ping_is_given_up(
-    http: ClientSession, monkeypatch: pytest.MonkeyPatch
+    anyone: ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("router.http.websocket.HEARTBEAT_S", 0.05)
     async with (
         running_router() as router,
-        http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY, autoping=False) as deaf,
+        anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY, autoping=False) as deaf,
     ):
         assert (await deaf.receive(timeout=10)).type is WSMsgType.PING
         while (await deaf.receive(timeout=10)).type is WSMsgType.PING:
@@ -111,9 +92,9 @@ async def test_a_client_that_does_not_answer_a_ping_is_given_up(
         await _until(lambda: not router.context.peers)
 
 
-async def test_a_page_of_another_site_is_refused_at_the_handshake(router: FakeRouter, http: ClientSession) -> None:
+async def test_a_page_of_another_site_is_refused_at_the_handshake(router: FakeRouter, anyone: ClientSession) -> None:
     with pytest.raises(WSServerHandshakeError) as caught:
-        await http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY | {"Origin": "https://evil.example"})
+        await anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY | {"Origin": "https://evil.example"})
     assert caught.value.status == 403
 
 
@@ -155,11 +136,11 @@ async def test_a_binary_frame_is_refused_and_the_connection_stays(
     assert (await until_end(socket))[-1]["type"] == "response.completed"
 
 
-async def test_an_oversized_frame_closes_with_1009(http: ClientSession) -> None:
+async def test_an_oversized_frame_closes_with_1009(anyone: ClientSession) -> None:
     limits = msgspec.structs.replace(CONFIG.limits, max_frame_bytes=1000)
     async with (
         running_router(msgspec.structs.replace(CONFIG, limits=limits)) as router,
-        http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket,
+        anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket,
     ):
         await socket.send_str("x" * 2000)
         assert (await socket.receive(timeout=10)).type is WSMsgType.CLOSE
@@ -193,12 +174,12 @@ async def test_creates_queue_on_a_connection_and_are_answered_in_order(
     assert ends == ["0", "1", "2"]
 
 
-async def test_too_many_queued_creates_are_refused_and_lose_nothing(http: ClientSession) -> None:
+async def test_too_many_queued_creates_are_refused_and_lose_nothing(anyone: ClientSession) -> None:
     limits = msgspec.structs.replace(CONFIG.limits, max_queued_per_connection=1)
     async with running_router(msgspec.structs.replace(CONFIG, limits=limits)) as router:
         node = router.links.node("eu")
         node.come_up()
-        async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
+        async with anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
             await create(socket)
             _, first = await router.links.generates.get()
             await create(socket)
@@ -243,12 +224,12 @@ async def test_a_lane_can_continue_a_response_of_another_lane(
 
 
 async def test_an_unstored_response_is_remembered_by_its_own_connection_only(
-    router: FakeRouter, http: ClientSession, socket: ClientWebSocketResponse
+    router: FakeRouter, anyone: ClientSession, socket: ClientWebSocketResponse
 ) -> None:
     router.links.node("eu", saying("Hi")).come_up()
     await create(socket, store=False)
     first = (await until_end(socket))[-1]["response"]["id"]
-    async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as other:
+    async with anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as other:
         await create(other, previous_response_id=first)
         event = await other.receive_json(timeout=10)
     assert (event["status"], event["code"], event["param"]) == (
@@ -302,11 +283,11 @@ async def test_a_cancel_ends_the_response_and_stops_the_node(
     assert cancel.stream == frame.stream
 
 
-async def test_extension_events_go_only_to_clients_that_offered_them(router: FakeRouter, http: ClientSession) -> None:
+async def test_extension_events_go_only_to_clients_that_offered_them(router: FakeRouter, anyone: ClientSession) -> None:
     node = router.links.node("eu")
     node.come_up()
     offered = ("responses.v1.json", "edgechat.ext.v1", "openai-insecure-api-key.alice")
-    async with http.ws_connect(f"{router.ws_url}/v1/responses", protocols=offered) as socket:
+    async with anyone.ws_connect(f"{router.ws_url}/v1/responses", protocols=offered) as socket:
         await create(socket)
         _, frame = await router.links.generates.get()
         node.say(Progress(frame.stream, 1, 3, 9))
@@ -337,11 +318,11 @@ async def test_what_a_node_refuses_is_an_error_event_and_no_response(
 
 @pytest.mark.parametrize("store", [True, False])
 async def test_a_client_that_leaves_mid_answer_cancels_at_once_or_after_the_grace(
-    router: FakeRouter, http: ClientSession, store: bool
+    router: FakeRouter, anyone: ClientSession, store: bool
 ) -> None:
     node = router.links.node("eu")
     node.come_up()
-    async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
+    async with anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
         await create(socket, store=store)
         _, frame = await router.links.generates.get()
     if store:
@@ -443,10 +424,10 @@ async def test_a_store_that_cannot_write_ends_the_stream_retryably_with_no_numbe
     )
 
 
-async def test_shutdown_closes_with_1012_and_cancels_what_runs(http: ClientSession) -> None:
+async def test_shutdown_closes_with_1012_and_cancels_what_runs(anyone: ClientSession) -> None:
     async with running_router() as router:
         router.links.node("eu").come_up()
-        socket = await http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY)
+        socket = await anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY)
         await create(socket, store=False)
         await router.links.generates.get()
         assert (await socket.receive_json(timeout=10))["type"] == "response.created"
@@ -463,11 +444,11 @@ async def _last(socket: ClientWebSocketResponse) -> WSMsgType:
     return message.type
 
 
-async def test_a_connection_that_lived_long_enough_is_told_and_closed(http: ClientSession) -> None:
+async def test_a_connection_that_lived_long_enough_is_told_and_closed(anyone: ClientSession) -> None:
     limits = msgspec.structs.replace(CONFIG.limits, connection_life_s=1)
     async with (
         running_router(msgspec.structs.replace(CONFIG, limits=limits)) as router,
-        http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket,
+        anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket,
     ):
         event = await socket.receive_json(timeout=30)
         assert event["code"] == "websocket_connection_limit_reached"
@@ -476,53 +457,14 @@ async def test_a_connection_that_lived_long_enough_is_told_and_closed(http: Clie
 
 
 @pytest.mark.parametrize("on", [True, False])
-async def test_compression_is_negotiated_only_where_the_operator_wants_it(http: ClientSession, on: bool) -> None:
+async def test_compression_is_negotiated_only_where_the_operator_wants_it(anyone: ClientSession, on: bool) -> None:
     listen = msgspec.structs.replace(CONFIG.listen, compression=on)
     async with running_router(msgspec.structs.replace(CONFIG, listen=listen)) as router:
         router.links.node("eu", saying("Hi")).come_up()
-        async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY, compress=15) as socket:
+        async with anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY, compress=15) as socket:
             assert ("permessage-deflate" in socket._response.headers.get("Sec-WebSocket-Extensions", "")) == on
             await create(socket)
             assert (await until_end(socket))[-1]["type"] == "response.completed"
-
-
-# -- the plain dialect -----------------------------------------------------------------------------
-
-
-async def test_the_plain_dialect_replies_and_remembers_the_connections_conversation(
-    router: FakeRouter, http: ClientSession
-) -> None:
-    router.links.node("eu", saying("Hello", ".")).come_up()
-    offered = ("edgechat.plain.v1", "openai-insecure-api-key.alice")
-    async with http.ws_connect(f"{router.ws_url}/ws", protocols=offered) as socket:
-        assert socket.protocol == "edgechat.plain.v1"
-        await socket.send_str('{"text":"hi"}')
-        assert await socket.receive_json(timeout=10) == {"reply": "Hello."}
-        await socket.send_str('{"text":"again"}')
-        await socket.receive_json(timeout=10)
-    await router.links.generates.get()
-    _, frame = await router.links.generates.get()
-    assert [item.text for item in frame.items] == ["hi", "Hello.", "again"]
-    assert frame.items[1].ids == [100, 101]
-    assert router.store.kept == {}
-
-
-@pytest.mark.parametrize("text", ["hi", "{}", '{"text": 1}', '{"text": "hi", "model": "gpt-9"}'])
-async def test_the_plain_dialect_answers_nonsense_by_a_clear_error_and_stays(
-    router: FakeRouter, http: ClientSession, text: str
-) -> None:
-    router.links.node("eu", saying("Hello")).come_up()
-    async with http.ws_connect(f"{router.ws_url}/ws", headers=KEY) as socket:
-        await socket.send_str(text)
-        assert json.loads((await socket.receive(timeout=10)).data)["error"]["message"]
-        await socket.send_str('{"text":"hi"}')
-        assert await socket.receive_json(timeout=10) == {"reply": "Hello"}
-
-
-async def test_the_plain_dialect_says_so_when_nothing_is_served(router: FakeRouter, http: ClientSession) -> None:
-    async with http.ws_connect(f"{router.ws_url}/ws", headers=KEY) as socket:
-        await socket.send_str('{"text":"hi"}')
-        assert (await socket.receive_json(timeout=10))["error"]["code"] == "no_node_available"
 
 
 async def test_a_client_still_sending_far_too_much_learns_why_it_is_closed(router: FakeRouter) -> None:
@@ -536,7 +478,9 @@ async def test_a_client_still_sending_far_too_much_learns_why_it_is_closed(route
     assert await asyncio.to_thread(send_too_much) == 1009
 
 
-async def test_a_reader_that_stalls_is_cut_off_and_nobody_else_notices(router: FakeRouter, http: ClientSession) -> None:
+async def test_a_reader_that_stalls_is_cut_off_and_nobody_else_notices(
+    router: FakeRouter, anyone: ClientSession
+) -> None:
     node = router.links.node("eu")
     node.come_up()
     stalled, writer = await asyncio.open_connection("127.0.0.1", router.port, limit=1)
@@ -547,7 +491,7 @@ async def test_a_reader_that_stalls_is_cut_off_and_nobody_else_notices(router: F
     create_frame = json.dumps({"type": "response.create", "model": MODEL, "input": "hi", "store": False}).encode()
     writer.write(bytes([0x81, 0x80 | len(create_frame), 0, 0, 0, 0]) + create_frame)
     _, frame = await router.links.generates.get()
-    async with http.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as other:
+    async with anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as other:
         await create(other)
         _, others = await router.links.generates.get()
         seq, ids, deltas = 0, *words("x" * 1_000_000)
