@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from core.frames import SPEECH_VERSION, Hello, Status
+from core.manifest import model_of
 
 STATUS_PERIOD_S = 0.25
 MISSED_STATUS = 4
@@ -72,7 +73,7 @@ class Node:
 
     def release_for(self, model: str) -> str | None:
         """The release that serves `model`: an alias, or a release named in full."""
-        return next((r for r in self.hello.releases if model in (r, alias(r))), None)
+        return next((r for r in self.hello.releases if model in (r, model_of(r))), None)
 
 
 class NodeRow(msgspec.Struct, frozen=True):
@@ -156,13 +157,8 @@ class Fleet:
         return [_row(node, now_s) for node in sorted(self.nodes.values(), key=lambda node: (node.hello.name, node.url))]
 
 
-def alias(release: str) -> str:
-    """`smollm2-135m@0123456789ab` is a release of the model `smollm2-135m`."""
-    return release.partition("@")[0]
-
-
 def aliases(releases: Iterable[str]) -> list[str]:
-    return sorted({alias(release) for release in releases})
+    return sorted({model_of(release) for release in releases})
 
 
 def _row(node: Node, now_s: float) -> NodeRow:

@@ -24,6 +24,7 @@ from core.conversation import Item
 from core.errors import EdgechatError, NodeLost, NoNodeAvailable
 from core.frames import Cancel, Delta, Done, Failed, Generate, Progress, Row, Sampling, Started, Usage
 from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog
+from router.errors import Draining
 
 MAX_DISPATCHES = 3
 NOT_HERE = frozenset({"overloaded", "draining", "model_not_found"})
@@ -37,8 +38,6 @@ class Instant(NamedTuple):
     mono_s: float
     unix_s: int
 
-
-CANCELLED = Failure("cancelled", "The request was cancelled before it began; send it again.", True)
 
 # -- effects -----------------------------------------------------------------------------------
 
@@ -295,7 +294,8 @@ class Session:
         self.node = None
         self.ended = True
         if not self._opened:
-            return [Refused(end.error or CANCELLED)]
+            # Cancelled before it was promised: only the clients of a router that shuts down still hear it.
+            return [Refused(end.error or _failure(Draining()))]
         events = self.log.close(end)
         return [Deliver(events), Finished(self.record, self.ids, self.deltas, end)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import msgspec
 import pytest
@@ -164,3 +165,18 @@ async def test_beyond_the_connection_limit_requests_are_refused_but_probes_answe
             assert (answer.status, (await answer.json())["error"]["code"]) == (503, "overloaded")
         async with http.get(f"{router.url}/livez") as answer:
             assert answer.status == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_that_no_node_had_accepted_when_the_router_stops_may_be_sent_again(stream: bool) -> None:
+    async with contextlib.AsyncExitStack() as stopping:
+        router = await stopping.enter_async_context(running_router())
+        router.links.node("eu", lambda frame: []).come_up()
+        async with ClientSession(router.url, headers=with_key("alice")) as http:
+            asking = asyncio.create_task(http.post("/v1/responses", json=BODY | {"stream": stream}))
+            await router.links.generates.get()
+            await stopping.aclose()
+            async with await asking as answer:
+                assert (answer.status, (await answer.json())["error"]["code"]) == (503, "draining")
+                assert int(answer.headers["retry-after"]) >= 1
+    assert router.store.kept == {}
