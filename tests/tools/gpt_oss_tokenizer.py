@@ -14,6 +14,8 @@ from tests.export.byte_alphabet import BYTE_LETTERS
 from tests.export.tiny_gguf import MERGES
 from tests.tools.byte_level import SpecialToken, write_byte_level
 
+SPACE = BYTE_LETTERS[ord(" ")]
+
 FIRST_SPECIAL_ID = 199_998
 """Where the special tokens begin in the genuine vocabulary."""
 
@@ -41,11 +43,15 @@ CHAT_TEMPLATE = """\
 
 
 def write_tiny(folder: Path, first_special: int) -> None:
-    """256 bytes and a few merges at the bottom, harmony's special tokens from `first_special` on, nothing between."""
-    special = [SpecialToken(first_special + index, text) for index, text in enumerate(SPECIAL_TEXTS)]
+    """256 bytes and a few merges, then numbers that no text becomes, harmony's special tokens from `first_special` on.
+
+    Without the numbers, ids between would have no text, and the library would move the special tokens down.
+    """
     tokens = BYTE_LETTERS + [merge.replace(" ", "") for merge in MERGES]
     if len(tokens) > first_special:
         raise ValueError(f"The tiny tokenizer needs {len(tokens)} ids below the special ones, not {first_special}.")
+    tokens += [f"{SPACE}{index}" for index in range(len(tokens), first_special)]
+    special = [SpecialToken(first_special + index, text) for index, text in enumerate(SPECIAL_TEXTS)]
     write_byte_level(folder, tokens, MERGES, special)
     _write_beside(folder)
 
