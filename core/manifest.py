@@ -13,7 +13,7 @@ import msgspec
 from core.errors import ReleaseError
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 GRAPH_ABI = 1
 
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -21,16 +21,27 @@ _RELEASE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}@[0-9a-f]{12}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class ReleaseFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of a release; `path` is relative to the folder and never leaves it."""
+class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A run of bytes of a file and their digest: the unit of checking and of delta transfer."""
 
-    path: str
     size_bytes: int
     sha256: str
 
 
+class ReleaseFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of a release; `path` is relative to the folder and never leaves it.
+
+    `chunks` cover the file without gaps, in order. Chunks of the data file end where a tensor ends, so that an
+    unchanged tensor keeps its chunks whatever grew or shrank before it.
+    """
+
+    path: str
+    size_bytes: int
+    chunks: list[Chunk]
+
+
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The checkpoint that a release was made from."""
+    """The checkpoint that a release was made from; sha256 is over its tensors' bytes, whatever files they lay in."""
 
     name: str
     sha256: str
@@ -50,6 +61,19 @@ class KvShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
 
 
+class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A prompt and the ids that this variant continues it with, greedily.
+
+    min_margin: the smallest distance between the two best logits on the way; a processor of another kind may differ
+    where it is small. made_by: ONNX Runtime and processor that generated it.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    min_margin: float
+    made_by: str
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One variant of one release.
 
@@ -58,7 +82,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     context_tokens: the most positions the graph's rotary tables hold.
     vocab_size: width of `logits`; tokenizer_size: ids that the tokenizer knows (the rest is
     padding, masked by every sampler). stop_ids: the end-of-sequence id first. bos_id: what a chat
-    template calls bos_token; nothing else puts it before a prompt.
+    template calls bos_token; nothing else puts it before a prompt. speech: who renders and parses,
+    `chat_template` (then that file is named) or the `harmony` format.
+    device: what the graph was laid out for. operators: those that ONNX Runtime itself does not
+    have, `<domain>.<name>`; a node needs their library. golden: empty where the exporting machine
+    could not run the graph. quality: the report file, if there is one.
     batch_invariant: a row's logits do not depend on the other rows of its batch
     (docs/ARCHITECTURE.md, determinism); measured by the exporter on the machine that exported.
     """
@@ -78,12 +106,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stop_ids: list[int]
     bos_id: int | None
     batch_invariant: bool
-    speech: Literal["chat_template"]
+    device: Literal["cpu", "cuda"]
+    operators: list[str]
+    speech: Literal["chat_template", "harmony"]
     graph: str
     tokenizer: str
-    chat_template: str
+    chat_template: str | None
+    quality: str | None
     files: list[ReleaseFile]
     claims: dict[str, str]
+    golden: list[Golden]
 
 
 def release_name(model: str, digest_hex: str) -> str:
@@ -123,10 +155,19 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
             raise ReleaseError(
                 f"{where} lists {file.path!r}, which leaves the release folder; do not use this release."
             )
-        if not _SHA256.fullmatch(file.sha256) or file.size_bytes < 0:
-            raise ReleaseError(f"{where} lists {file.path!r} without a proper sha256 and size.")
+        _check_chunks(file, where)
     named = {file.path for file in manifest.files}
-    for needed in (manifest.graph, manifest.tokenizer, manifest.chat_template):
-        if needed not in named:
+    for needed in (manifest.graph, manifest.tokenizer, manifest.chat_template, manifest.quality):
+        if needed is not None and needed not in named:
             raise ReleaseError(f"{where} does not list its own file {needed!r}; export the model again.")
+    if manifest.speech == "chat_template" and manifest.chat_template is None:
+        raise ReleaseError(f"{where} speaks by a chat template but names none; export the model again.")
     return manifest
+
+
+def _check_chunks(file: ReleaseFile, where: str) -> None:
+    proper = all(chunk.size_bytes > 0 and _SHA256.fullmatch(chunk.sha256) for chunk in file.chunks)
+    if not proper or sum(chunk.size_bytes for chunk in file.chunks) != file.size_bytes:
+        raise ReleaseError(
+            f"{where} lists {file.path!r} without a proper sha256 for each of its bytes; export or copy it again."
+        )

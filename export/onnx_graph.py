@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from export.quantize import BlockFormat, Floats
+from export.forms import Form
 
 MICROSOFT = "com.microsoft"
 OPSET = 21
@@ -22,25 +23,17 @@ IR_VERSION = 10
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows of a matrix that come from one source tensor; rotary_heads > 0: they are q or k rows to be unpermuted."""
-
-    tensor: str
-    rotary_heads: int = 0
-
-
-@dataclass(frozen=True)
 class Matrix:
-    """Quantised matrix of `parts` stacked by rows. Becomes `<name>.codes`, `<name>.scales` and what its form adds."""
+    """Matrix made of source tensors stacked by rows. Becomes `<name>.<array>` for each array of its form.
+
+    experts > 0: one tensor [experts, rows, columns]; the form is that of one expert's matrix, and the initialisers are
+    the experts' arrays stacked along a new first axis.
+    """
 
     name: str
-    parts: tuple[Part, ...]
-    block_format: BlockFormat
-
-    @property
-    def tensors(self) -> list[str]:
-        """Source tensors that it takes up."""
-        return [part.tensor for part in self.parts]
+    tensors: tuple[str, ...]
+    form: Form
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,28 +47,25 @@ class View:
 
 @dataclass(frozen=True)
 class Vector:
-    """Float32 vector, copied from the source tensor."""
+    """Floats of one or more source tensors joined end to end, in the given shape and type (float32 or float16)."""
 
     name: str
-    tensor: str
-
-    @property
-    def tensors(self) -> list[str]:
-        """Source tensors that it takes up."""
-        return [self.tensor]
+    tensors: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Values that the exporter computed itself."""
+    """Values that the exporter computed itself, in the type they will be stored in."""
 
     name: str
-    values: Floats
+    values: NDArray[Any]
 
     @property
-    def tensors(self) -> list[str]:
+    def tensors(self) -> tuple[str, ...]:
         """No source tensors."""
-        return []
+        return ()
 
 
 Weight = Matrix | View | Vector | Table

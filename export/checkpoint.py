@@ -1,0 +1,81 @@
+"""What the exporter asks of a checkpoint, whatever files it lies in.
+
+Implemented by `export/safetensors_source.py` and `export/gguf_source.py`, opened by `export/source.py`. A checkpoint
+is read a few rows at a time and never mapped: what is not asked for takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from export.spec import DecoderSpec, TensorInfo
+from export.values import Values
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A range of bytes of a source file."""
+
+    path: Path
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What a release says about text.
+
+    chat_template None: the family has its own renderer (harmony). stop_ids: the end-of-sequence id first, then the
+    others, ascending. bos_id is what a template calls bos_token; nothing prepends it. size: ids the tokenizer knows.
+    """
+
+    tokenizer_json: bytes
+    chat_template: str | None
+    stop_ids: tuple[int, ...]
+    bos_id: int | None
+    size: int
+
+
+class Checkpoint(Protocol):
+    """An open checkpoint, checked to be whole: `tensors` are exactly what `spec` asks for (`spec.check_tensors`)."""
+
+    @property
+    def name(self) -> str:
+        """What people call it: the file's, folder's or hub's name, without this machine's path."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """What the checkpoint calls its own kind ("GptOssForCausalLM", "llama")."""
+        ...
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """Sizes."""
+        ...
+
+    @property
+    def speech(self) -> Speech:
+        """Tokenizer and template."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By Hugging Face name."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> Values:
+        """Rows `start` to `stop` of a tensor [rows, columns] (all axes but the last taken together; a vector of n
+        is one row a number, [n, 1]).
+
+        Raises SourceError, naming file and tensor, for bytes that are missing or numbers that are not finite
+        (MXFP4: an exponent of 255).
+        """
+        ...
+
+    def extents(self, name: str) -> list[Extent]:
+        """Where a tensor's bytes lie, for digests and progress; MXFP4: codes, then scales."""
+        ...
