@@ -15,6 +15,7 @@ from core.errors import ReleaseError
 MANIFEST_NAME = "manifest.json"
 FORMAT = 2
 GRAPH_ABI = 1
+CHUNK_BYTES = 8 * 1024 * 1024
 
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RELEASE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}@[0-9a-f]{12}")
@@ -22,7 +23,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A run of bytes of a file and their digest: the unit of checking and of delta transfer."""
+    """A run of at most CHUNK_BYTES of a file and their digest: the unit of checking and of delta transfer."""
 
     size_bytes: int
     sha256: str
@@ -166,7 +167,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
 
 
 def _check_chunks(file: ReleaseFile, where: str) -> None:
-    proper = all(chunk.size_bytes > 0 and _SHA256.fullmatch(chunk.sha256) for chunk in file.chunks)
+    proper = all(0 < chunk.size_bytes <= CHUNK_BYTES and _SHA256.fullmatch(chunk.sha256) for chunk in file.chunks)
     if not proper or sum(chunk.size_bytes for chunk in file.chunks) != file.size_bytes:
         raise ReleaseError(
             f"{where} lists {file.path!r} without a proper sha256 for each of its bytes; export or copy it again."

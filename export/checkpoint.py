@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from export.spec import DecoderSpec, TensorInfo
+from export.speech import Speech as Speech
 from export.values import Values
 
 
@@ -22,21 +23,6 @@ class Extent:
     path: Path
     offset: int
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class Speech:
-    """What a release says about text.
-
-    chat_template None: the family has its own renderer (harmony). stop_ids: the end-of-sequence id first, then the
-    others, ascending. bos_id is what a template calls bos_token; nothing prepends it. size: ids the tokenizer knows.
-    """
-
-    tokenizer_json: bytes
-    chat_template: str | None
-    stop_ids: tuple[int, ...]
-    bos_id: int | None
-    size: int
 
 
 class Checkpoint(Protocol):

@@ -15,7 +15,7 @@ import numpy as np
 
 from core.conversation import Item
 from core.frames import Delta, Generate, ItemEnd, ItemStart, Sampling, Text
-from core.manifest import KvShape, Manifest, Source
+from core.manifest import FORMAT, KvShape, Manifest, Source
 from edge_node.engine.sampling import sample
 from edge_node.engine.speech import SpeechError
 from edge_node.engine.step import Chunk, Decode, Logits, StepPlan, StepResult
@@ -31,7 +31,7 @@ Written: TypeAlias = tuple[int, Path]
 def fake_manifest(release: str = "fake@000000000000") -> Manifest:
     """A release without files, for FakeSpeech and FakeRunner."""
     return Manifest(
-        format=1,
+        format=FORMAT,
         graph_abi=1,
         model=release.split("@")[0],
         release=release,
@@ -46,12 +46,16 @@ def fake_manifest(release: str = "fake@000000000000") -> Manifest:
         stop_ids=[STOP_ID],
         bos_id=None,
         batch_invariant=True,
+        device="cpu",
+        operators=[],
         speech="chat_template",
         graph="model.onnx",
         tokenizer="tokenizer.json",
         chat_template="chat_template.jinja",
+        quality=None,
         files=[],
         claims={},
+        golden=[],
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from core.errors import ReleaseError
-from core.manifest import MANIFEST_NAME, Manifest, ReleaseFile, decode_manifest
+from core.manifest import MANIFEST_NAME, Chunk, Manifest, ReleaseFile, decode_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,23 @@ def open_release(folder: Path) -> Release:
 
 
 def verify(release: Release) -> None:
-    """Compare every file with the manifest's sha256; raises ReleaseError naming the first that differs."""
+    """Compare every chunk with the manifest's sha256; raises ReleaseError naming the first that differs."""
     for file in release.manifest.files:
         path = release.folder / file.path
         try:
             with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                for chunk in file.chunks:
+                    _check_chunk(stream, chunk, path)
         except OSError as error:
             raise ReleaseError(f"{path} cannot be read: {error.strerror}.") from error
-        if digest != file.sha256:
-            raise ReleaseError(f"{path} is damaged (not the manifest's sha256); export or copy the release again.")
+
+
+def _check_chunk(stream: BinaryIO, chunk: Chunk, path: Path) -> None:
+    start = stream.tell()
+    if hashlib.sha256(stream.read(chunk.size_bytes)).hexdigest() != chunk.sha256:
+        raise ReleaseError(
+            f"{path} is damaged after byte {start} (not the manifest's sha256); export or copy the release again."
+        )
 
 
 def _check_size(folder: Path, file: ReleaseFile) -> None:

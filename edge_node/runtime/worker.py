@@ -30,6 +30,7 @@ from core.errors import EdgechatError, FrameError, ReleaseError
 from core.frames import Cancel, Generate, Rates
 from edge_node.logs import setup_logging
 from edge_node.release.model_store import Release, open_release, verify
+from edge_node.release.servable import template_of
 from edge_node.runtime.pipe import (
     HEADER_BYTES,
     Beat,
@@ -248,9 +249,8 @@ def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
     from edge_node.runtime.runner import Runner
 
     manifest = release.manifest
-    speech = ChatTemplateSpeech.from_files(
-        manifest, release.read_text(manifest.tokenizer), release.read_text(manifest.chat_template)
-    )
+    template = release.read_text(template_of(manifest, load.device))
+    speech = ChatTemplateSpeech.from_files(manifest, release.read_text(manifest.tokenizer), template)
     limits = EngineLimits(
         slots=load.slots,
         context_tokens=load.context_tokens,

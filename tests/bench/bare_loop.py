@@ -25,6 +25,7 @@ from edge_node.engine.engine import Engine, EngineLimits
 from edge_node.engine.sampling import sample
 from edge_node.engine.speech import ChatTemplateSpeech
 from edge_node.engine.step import Chunk, Decode, StepPlan
+from edge_node.release.servable import template_of
 from edge_node.runtime.runner import Runner
 
 SLOTS = 8
@@ -89,7 +90,7 @@ def engine_step_s(runner: Runner, folder: Path, manifest: Manifest, streams: int
     """Median seconds of a step in which all streams write, sampled at temperature 0.7 and top-p 0.95."""
     endless = Manifest(**{**{name: getattr(manifest, name) for name in Manifest.__struct_fields__}, "stop_ids": []})
     speech = ChatTemplateSpeech.from_files(
-        endless, (folder / manifest.tokenizer).read_text(), (folder / manifest.chat_template).read_text()
+        endless, (folder / manifest.tokenizer).read_text(), (folder / template_of(manifest, "cpu")).read_text()
     )
     limits = EngineLimits(slots=SLOTS, context_tokens=CONTEXT_TOKENS, max_waiting=0, max_stall_ms=60_000)
     engine = Engine(endless, speech, limits)

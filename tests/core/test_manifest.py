@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from core.errors import ReleaseError
 from core.manifest import (
+    CHUNK_BYTES,
+    Chunk,
     KvShape,
     Manifest,
     ReleaseFile,
@@ -19,7 +22,7 @@ from core.manifest import (
 
 SHA = "ab" * 32
 MANIFEST = Manifest(
-    format=1,
+    format=2,
     graph_abi=1,
     model="m",
     release="m@0123456789ab",
@@ -34,12 +37,19 @@ MANIFEST = Manifest(
     stop_ids=[2],
     bos_id=None,
     batch_invariant=True,
+    device="cpu",
+    operators=[],
     speech="chat_template",
     graph="model.onnx",
     tokenizer="tokenizer.json",
     chat_template="chat_template.jinja",
-    files=[ReleaseFile(path, 1, SHA) for path in ("model.onnx", "tokenizer.json", "chat_template.jinja", "d/w.data")],
+    quality=None,
+    files=[
+        ReleaseFile(path, 1, [Chunk(1, SHA)])
+        for path in ("model.onnx", "tokenizer.json", "chat_template.jinja", "d/w.data")
+    ],
     claims={"kl": "0.01"},
+    golden=[],
 )
 
 
@@ -49,13 +59,18 @@ def changed(**fields: Any) -> bytes:
     return json.dumps({key: value for key, value in tree.items() if value != "left out"}).encode()
 
 
-def file(path: str = "extra", size_bytes: int = 1, sha256: str = SHA) -> dict[str, Any]:
+def file(path: str = "extra", size_bytes: int = 1, chunks: Sequence[tuple[int, str]] = ((1, SHA),)) -> dict[str, Any]:
     listed = json.loads(encode_manifest(MANIFEST))["files"]
-    return {"files": [*listed, {"path": path, "size_bytes": size_bytes, "sha256": sha256}]}
+    return {"files": [*listed, {"path": path, "size_bytes": size_bytes, "chunks": chunks}]}
 
 
 def test_a_manifest_is_written_and_read_back() -> None:
     assert decode_manifest(encode_manifest(MANIFEST), "here") == MANIFEST
+
+
+def test_a_model_that_speaks_harmony_has_no_chat_template() -> None:
+    manifest = decode_manifest(changed(speech="harmony", chat_template=None), "here")
+    assert manifest.chat_template is None
 
 
 def test_the_same_manifest_is_written_as_the_same_bytes() -> None:
@@ -72,7 +87,7 @@ def test_the_same_manifest_is_written_as_the_same_bytes() -> None:
         (changed(model="left out"), "`model`"),
         (changed(surprise=1), "`surprise`"),
         (changed(vocab_size="many"), "vocab_size"),
-        (changed(format=2), "has format 2 and graph ABI 1, this version reads 1 and 1"),
+        (changed(format=1), "has format 1 and graph ABI 1, this version reads 2 and 1"),
         (changed(graph_abi=9), "graph ABI 9"),
         (changed(release="m@0123"), "not <model>@<12 hex digits>"),
         (changed(release="other@0123456789ab"), "not <model>@<12 hex digits>"),
@@ -84,9 +99,13 @@ def test_the_same_manifest_is_written_as_the_same_bytes() -> None:
         (changed(**file("../secret")), "leaves the release folder"),
         (changed(**file("a/../../secret")), "leaves the release folder"),
         (changed(**file("a\\..\\b")), "leaves the release folder"),
-        (changed(**file(sha256="ab")), "without a proper sha256"),
-        (changed(**file(sha256="AB" * 32)), "without a proper sha256"),
-        (changed(**file(size_bytes=-1)), "without a proper sha256 and size"),
+        (changed(chat_template=None), "names none"),
+        (changed(quality="missing.json"), "does not list its own file 'missing.json'"),
+        (changed(**file(chunks=[(1, "ab")])), "without a proper sha256"),
+        (changed(**file(chunks=[(1, "AB" * 32)])), "without a proper sha256"),
+        (changed(**file(size_bytes=3)), "without a proper sha256 for each of its bytes"),
+        (changed(**file(size_bytes=CHUNK_BYTES + 1, chunks=[(CHUNK_BYTES + 1, SHA)])), "without a proper sha256"),
+        (changed(**file(size_bytes=0, chunks=[(1, SHA), (-1, SHA)])), "without a proper sha256"),
     ],
 )
 def test_what_is_no_release_of_ours_is_refused_with_the_place_and_the_reason(data: bytes, words: str) -> None:

@@ -27,7 +27,7 @@ from core.frames import (
     decode_to_router,
     encode,
 )
-from core.manifest import KvShape, Manifest, Source
+from core.manifest import FORMAT, KvShape, Manifest, Source
 from edge_node.config import EdgeSettings, read_settings
 from edge_node.node import Node
 from edge_node.runtime.pipe import Beat, Load, Loaded, ToChild, ToParent
@@ -39,7 +39,7 @@ IDLE = Beat(step=0, age_s=-1.0, predicted_s=0.0, running=0, waiting=0, rates=Rat
 T = TypeVar("T")
 
 MANIFEST = Manifest(
-    format=1,
+    format=FORMAT,
     graph_abi=1,
     model="tiny",
     release=RELEASE,
@@ -54,12 +54,16 @@ MANIFEST = Manifest(
     stop_ids=[0],
     bos_id=None,
     batch_invariant=True,
+    device="cpu",
+    operators=[],
     speech="chat_template",
     graph="model.onnx",
     tokenizer="tokenizer.json",
     chat_template="chat_template.jinja",
+    quality=None,
     files=[],
     claims={},
+    golden=[],
 )
 
 

@@ -7,17 +7,23 @@ import msgspec
 import pytest
 
 from core.errors import ReleaseError
-from core.manifest import MANIFEST_NAME, ReleaseFile, encode_manifest
+from core.manifest import MANIFEST_NAME, Chunk, ReleaseFile, encode_manifest
 from edge_node.release.model_store import open_release, verify
 from tests.edge_node.fake_engine import MANIFEST
 
 CONTENT = {"model.onnx": b"graph", "tokenizer.json": b"{}", "chat_template.jinja": "héllo".encode()}
 
 
+def chunks(data: bytes) -> list[Chunk]:
+    """Of three bytes, the last one shorter."""
+    pieces = [data[start : start + 3] for start in range(0, len(data), 3)]
+    return [Chunk(len(piece), hashlib.sha256(piece).hexdigest()) for piece in pieces]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A release whose files are what its manifest says."""
-    files = [ReleaseFile(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in CONTENT.items()]
+    files = [ReleaseFile(path, len(data), chunks(data)) for path, data in CONTENT.items()]
     for path, data in CONTENT.items():
         (tmp_path / path).write_bytes(data)
     (tmp_path / MANIFEST_NAME).write_bytes(encode_manifest(msgspec.structs.replace(MANIFEST, files=files)))
@@ -56,7 +62,7 @@ def test_a_truncated_file_is_named_with_both_sizes(folder: Path) -> None:
 def test_a_damaged_file_of_the_right_size_is_found_by_its_hash(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"grapH")
     open_release(folder)
-    assert "model.onnx is damaged" in refusal(folder)
+    assert "model.onnx is damaged after byte 3" in refusal(folder)
 
 
 def test_a_damaged_manifest_is_named(folder: Path) -> None:

@@ -19,6 +19,7 @@ from edge_node.engine.engine import Engine, EngineLimits
 from edge_node.engine.sampling import sample
 from edge_node.engine.speech import ChatTemplateSpeech
 from edge_node.engine.step import Logits, StepPlan, StepResult
+from edge_node.release.servable import template_of
 from edge_node.runtime.runner import DeviceUnavailable, Runner
 
 SLOTS = 8
@@ -36,7 +37,7 @@ def manifest(smollm2_release: Path) -> Manifest:
 
 @pytest.fixture(scope="module")
 def speech(smollm2_release: Path, manifest: Manifest) -> ChatTemplateSpeech:
-    tokenizer, template = smollm2_release / manifest.tokenizer, smollm2_release / manifest.chat_template
+    tokenizer, template = smollm2_release / manifest.tokenizer, smollm2_release / template_of(manifest, "cpu")
     return ChatTemplateSpeech.from_files(manifest, tokenizer.read_text(), template.read_text())
 
 
