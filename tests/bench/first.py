@@ -14,14 +14,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import websockets
@@ -29,39 +25,16 @@ import websockets
 from core.conversation import Item
 from core.frames import PROTOCOL, Generate, Hello, Sampling, Tokens, decode_to_router, encode
 from core.manifest import MANIFEST_NAME, decode_manifest
+from tests.bench.report import ROOT, THREADS, Figure, figure, provenance, publish, table
 from tests.e2e.processes import Fleet, build_fleet, link_secret
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RELEASE = ROOT / "releases/smollm2-135m"
-REPORT = ROOT / "docs/benchmarks/first.md"
 MODEL = "smollm2-135m"
 STREAMS = (1, 8)
 ROUNDS = 4
 NEW_TOKENS = 128
 LATENCY_ROUNDS = 40
-THREADS = os.cpu_count() or 1
 STORY = "Tell me a long story about the number {index} and the river it fell into."
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured row of the report."""
-
-    what: str
-    median: float
-    low: float
-    high: float
-    unit: str
-
-    def row(self) -> str:
-        return f"| {self.what} | {self.median:.1f} | {self.low:.1f} - {self.high:.1f} | {self.unit} |"
-
-
-def figure(what: str, values: list[float], unit: str) -> Figure:
-    """Median and range of repeated measurements; told at once, since the whole takes minutes."""
-    measured = Figure(what, statistics.median(values), min(values), max(values), unit)
-    print(measured.row(), file=sys.stderr, flush=True)
-    return measured
 
 
 def measure_export() -> list[Figure]:
@@ -205,36 +178,19 @@ async def measure_router(fleet: Fleet, secret: str) -> list[Figure]:
     ]
 
 
-def report(figures: list[Figure]) -> str:
+def report(figures: list[Figure]) -> list[str]:
     """The page for docs/benchmarks."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "numpy", "aiohttp", "websockets"))
-    return "\n".join(
-        [
-            "# The first conversation",
-            "",
-            "Written by `make bench-first`. Medians of a shared machine; rows of one run belong together.",
-            "",
-            f"- commit {commit}, {THREADS} cores ({cpu()}), Python {platform.python_version()}, {libraries}",
-            f"- SmolLM2-135M, recipe gguf-exact, {THREADS} threads, spinning off, {NEW_TOKENS} new tokens a stream;",
-            "  router, node and the measuring client share the cores with each other, the bare loop has them alone",
-            "",
-            "| | median | range | |",
-            "|---|---|---|---|",
-            *(each.row() for each in figures),
-            "",
-        ]
-    )
-
-
-def cpu() -> str:
-    """The processor's name, as the kernel gives it."""
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    return [
+        "# The first conversation",
+        "",
+        "Written by `make bench-first`. Medians of a shared machine; rows of one run belong together.",
+        "",
+        f"- {provenance('onnxruntime', 'numpy', 'aiohttp', 'websockets')}",
+        f"- SmolLM2-135M, recipe gguf-exact, {THREADS} threads, spinning off, {NEW_TOKENS} new tokens a stream;",
+        "  router, node and the measuring client share the cores with each other, the bare loop has them alone",
+        "",
+        *table(figures),
     ]
-    return names[0] if names else platform.machine()
 
 
 def main() -> int:
@@ -248,10 +204,7 @@ def main() -> int:
             figures += asyncio.run(measure_product(fleet, link_secret(folder).read_text().strip()))
         finally:
             fleet.close()
-    text = report(figures)
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(text)
-    print(text)
+    publish("first.md", report(figures))
     return 0
 
 
