@@ -25,6 +25,9 @@ from tests.tools.safetensors_files import Array, StoredTensor, write_safetensors
 
 TokenizerKind = Literal["tiny", "gpt-oss", "none"]
 
+GENUINE_TOKENIZER = Path(".cache/tokenizers/gpt-oss/tokenizer.json")
+"""Where scripts/get-tokenizer puts it."""
+
 PIECE = 1 << 22
 """Elements drawn at a time."""
 
@@ -99,6 +102,10 @@ TINY = GptOssShape(
     shard_bytes=300_000,
 )
 """Every odd corner in a megabyte: small enough for a test to make it anew."""
+
+
+CHANGEABLE = ("layers", "experts", "vocab", "window", "shard_bytes", "seed")
+"""What the command line changes."""
 
 
 @dataclass(frozen=True)
@@ -280,22 +287,20 @@ def generation_config(shape: GptOssShape) -> dict[str, Any]:
 
 
 def write_checkpoint(
-    folder: Path, shape: GptOssShape, *, tokenizer: TokenizerKind = "tiny", tokenizer_source: Path | None = None
+    folder: Path, shape: GptOssShape, *, tokenizer: TokenizerKind = "tiny", genuine_tokenizer: Path = GENUINE_TOKENIZER
 ) -> Path:
-    """Write a whole checkpoint into `folder`; returns it. `tokenizer_source`: where "gpt-oss" is copied from."""
+    """Write a whole checkpoint into `folder`; returns it. `genuine_tokenizer`: the file for "gpt-oss"."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", model_config(shape))
-    _write_json(folder / "generation_config.json", generation_config(shape))
-    _write_shards(folder, shape)
-    match tokenizer:
+    match tokenizer:  # first: if it cannot be written, no gigabytes have been
         case "tiny":
             gpt_oss_tokenizer.write_tiny(folder, shape.first_special)
         case "gpt-oss":
-            if tokenizer_source is None:
-                raise ValueError("The genuine tokenizer needs the folder that scripts/get-tokenizer printed.")
-            gpt_oss_tokenizer.write_genuine(folder, tokenizer_source)
+            gpt_oss_tokenizer.write_genuine(folder, genuine_tokenizer, shape.first_special)
         case "none":
             pass
+    _write_json(folder / "config.json", model_config(shape))
+    _write_json(folder / "generation_config.json", generation_config(shape))
+    _write_shards(folder, shape)
     return folder
 
 
@@ -321,16 +326,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--tiny", action="store_true", help="start from the tiny shape instead of the full one")
-    for name in ("layers", "experts", "vocab", "window", "shard_bytes", "seed"):
+    for name in CHANGEABLE:
         parser.add_argument("--" + name.replace("_", "-"), type=int, help="instead of the shape's own")
-    parser.add_argument("--tokenizer", choices=get_args(TokenizerKind), default="tiny")
-    parser.add_argument("--tokenizer-source", type=Path, default=Path(".cache/tokenizers/gpt-oss"))
-    options = parser.parse_args(argv)
-    changes = {name: getattr(options, name) for name in ("layers", "experts", "vocab", "window", "shard_bytes", "seed")}
-    shape = replace(
-        TINY if options.tiny else FULL, **{name: value for name, value in changes.items() if value is not None}
+    parser.add_argument(
+        "--tokenizer", choices=get_args(TokenizerKind), default="tiny", help="gpt-oss: run scripts/get-tokenizer before"
     )
-    write_checkpoint(options.out, shape, tokenizer=options.tokenizer, tokenizer_source=options.tokenizer_source)
+    options = parser.parse_args(argv)
+    changes = {name: getattr(options, name) for name in CHANGEABLE if getattr(options, name) is not None}
+    shape = replace(TINY if options.tiny else FULL, **changes)
+    write_checkpoint(options.out, shape, tokenizer=options.tokenizer)
     print(f"{options.out}: {sum(tensor.nbytes for tensor in planned_tensors(shape)) / 1e9:.2f} GB of tensors")
     return 0
 

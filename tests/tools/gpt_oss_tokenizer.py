@@ -56,9 +56,13 @@ def write_tiny(folder: Path, first_special: int) -> None:
     _write_beside(folder)
 
 
-def write_genuine(folder: Path, source: Path) -> None:
-    """Copy the genuine vocabulary, which scripts/get-tokenizer put into `source`."""
-    shutil.copy(source / "tokenizer.json", folder)
+def write_genuine(folder: Path, source: Path, first_special: int) -> None:
+    """Copy the genuine vocabulary from `source`, the file whose path scripts/get-tokenizer prints."""
+    if first_special != FIRST_SPECIAL_ID:
+        raise ValueError(f"The genuine tokenizer's special ids begin at {FIRST_SPECIAL_ID}, not {first_special}.")
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is missing; run scripts/get-tokenizer.")
+    shutil.copy(source, folder / "tokenizer.json")
     _write_beside(folder)
 
 
