@@ -18,8 +18,13 @@ from onnx import helper
 from export.forms import Form
 
 MICROSOFT = "com.microsoft"
+EDGECHAT = "edgechat"
+"""Operators of our own: see docs/decisions/014."""
+
 OPSET = 21
 IR_VERSION = 10
+IR_VERSION_WITH_E8M0 = 12
+"""The first version that knows FLOAT8E8M0. Others are not written: an older runtime reads what it can."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class GraphBuilder:
         inputs: Sequence[str],
         outputs: Sequence[str] = (),
         domain: str = "",
-        **attributes: int | float,
+        **attributes: int | float | str | list[int],
     ) -> str:
         """Append a node; returns its first output, which is `name` unless `outputs` says otherwise."""
         produced = list(outputs) or [name]
@@ -106,12 +111,19 @@ class GraphBuilder:
             self.constants[name] = onnx.numpy_helper.from_array(values, name)
         return name
 
+    def operators(self) -> list[str]:
+        """What a runtime must have beside ONNX Runtime's own operators, as "domain.Operator", sorted."""
+        return sorted({f"{node.domain}.{node.op_type}" for node in self.nodes if node.domain not in ("", MICROSOFT)})
+
     def build(self, name: str, initializers: Sequence[onnx.TensorProto], metadata: dict[str, str]) -> onnx.ModelProto:
         """The finished model; `initializers` are the declared weights as they were written."""
         graph = helper.make_graph(
             self.nodes, name, self.inputs, self.outputs, [*self.constants.values(), *initializers]
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgechat")
+        own = sorted({node.domain for node in self.nodes} - {"", MICROSOFT})
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in (MICROSOFT, *own))]
+        has_e8m0 = any(tensor.data_type == onnx.TensorProto.FLOAT8E8M0 for tensor in initializers)
+        ir_version = IR_VERSION_WITH_E8M0 if has_e8m0 else IR_VERSION
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, producer_name="edgechat")
         helper.set_model_props(model, metadata)
         return model
