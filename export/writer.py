@@ -1,10 +1,14 @@
 """Files of a release: hashed while they are written, and published whole or not at all.
 
     releases/.name.partial/release/     written here, under a lock, manifest last, everything fsynced
+    releases/.name.partial/journal      what of it is complete (export/journal.py)
     releases/name                       swapped in by one rename
 
-A killed export leaves at most the `.partial` folder, which no node looks at and the next export clears.
-Does not know what the files mean.
+A file is described by the sha256 of its chunks, at most 8 MiB each. In the data file every initialiser starts at a
+page and begins a chunk; the padding behind it belongs to its last chunk.
+
+An export that is killed or interrupted leaves at most the `.partial` folder, which no node looks at; the next export
+clears it, or continues in it. An export that fails clears it itself. Does not know what the files mean.
 """
 
 from __future__ import annotations
@@ -15,8 +19,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,59 +31,129 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.manifest import MANIFEST_NAME, ReleaseFile
+from core.manifest import MANIFEST_NAME, Chunk, ReleaseFile
 from export.errors import TargetError
 
 PAGE_BYTES = 4096
+CHUNK_BYTES = 8 << 20
+_PIECES_AHEAD = 4
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-class HashingFile:
-    """A new file of a release; `with` it, then ask `describe()`. On leaving the block it is on the disk, fsynced."""
+class ChunkHasher:
+    """Digests of a stream of bytes, one every CHUNK_BYTES and wherever it is cut."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("xb")
+    def __init__(self, kept: Sequence[Chunk] = ()) -> None:
+        self.chunks = list(kept)
         self._digest = hashlib.sha256()
-        self.size_bytes = 0
+        self._filled = 0
 
-    def __enter__(self) -> HashingFile:
+    def update(self, data: memoryview) -> None:
+        """Take more bytes."""
+        while data:
+            piece = data[: CHUNK_BYTES - self._filled]
+            self._digest.update(piece)
+            self._filled += len(piece)
+            data = data[len(piece) :]
+            if self._filled == CHUNK_BYTES:
+                self.cut()
+
+    def cut(self) -> None:
+        """End the running chunk here, if it holds anything."""
+        if self._filled:
+            self.chunks.append(Chunk(self._filled, self._digest.hexdigest()))
+            self._digest, self._filled = hashlib.sha256(), 0
+
+
+class DataFile:
+    """A file that grows from front to back; one helper thread hashes and writes while the caller makes the next bytes.
+
+    `with` it, then ask `describe()`. On leaving the block without an error it is on the disk, fsynced. `kept` chunks
+    are taken to be in the file already; whatever follows them is cut off. What is appended must not change afterwards.
+    """
+
+    def __init__(self, path: Path, kept: Sequence[Chunk] = ()) -> None:
+        self._path = path
+        self.size_bytes = sum(chunk.size_bytes for chunk in kept)
+        self._hasher = ChunkHasher(kept)
+        self._noted = len(kept)
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b", buffering=0)
+        self._file.truncate(self.size_bytes)
+        self._file.seek(self.size_bytes)
+        self._helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-file")
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> DataFile:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            if error is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            try:
+                if error is None:
+                    self._wait(at_most=0)
+                    self.sync()
+            finally:
+                self._helper.shutdown(cancel_futures=True)
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append."""
-        self._digest.update(data)
-        self._file.write(data)
-        self.size_bytes += len(data)
-
-    def append_array(self, values: NDArray[Any]) -> tuple[int, int]:
-        """Append an array's bytes at the next page; returns (offset, length) in bytes."""
-        self.write(b"\0" * (-self.size_bytes % PAGE_BYTES))
-        offset = self.size_bytes
+    def append(self, data: bytes | NDArray[Any]) -> None:
+        """Add bytes, an array's in C order; waits while several pieces are ahead. Raises OSError of earlier pieces."""
         # A flat view of bytes: no copy is made of an array that is contiguous already.
-        self.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-        return offset, self.size_bytes - offset
+        flat = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else _bytes_of(data)
+        self.size_bytes += len(flat)
+        self._submit(lambda: self._write(flat.data))
+
+    def end_initialiser(self) -> None:
+        """Fill up the page and end the chunk: the next bytes are another initialiser's."""
+        self.append(bytes(-self.size_bytes % PAGE_BYTES))
+        self._submit(self._hasher.cut)
+
+    def when_written(self, note: Callable[[list[Chunk]], None]) -> None:
+        """Call `note`, in the helper thread, when all that was appended is written, with the chunks since last time."""
+
+        def call() -> None:
+            fresh = self._hasher.chunks[self._noted :]
+            self._noted += len(fresh)
+            note(fresh)
+
+        self._submit(call)
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written so far."""
+        os.fsync(self._file.fileno())
 
     def describe(self) -> ReleaseFile:
-        """The file as the manifest lists it."""
-        return ReleaseFile(self._path.name, self.size_bytes, self._digest.hexdigest())
+        """The file as the manifest lists it; after the block."""
+        self._hasher.cut()
+        return ReleaseFile(self._path.name, self.size_bytes, self._hasher.chunks)
+
+    def _write(self, data: memoryview) -> None:
+        self._hasher.update(data)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        self._wait(at_most=_PIECES_AHEAD)
+        self._waiting.append(self._helper.submit(job))
+
+    def _wait(self, at_most: int) -> None:
+        while len(self._waiting) > at_most:
+            self._waiting.popleft().result()
 
 
 def write_file(folder: Path, name: str, data: bytes) -> ReleaseFile:
     """Write one small file."""
-    with HashingFile(folder / name) as file:
+    hasher = ChunkHasher()
+    hasher.update(memoryview(data))
+    hasher.cut()
+    with (folder / name).open("xb") as file:
         file.write(data)
-    return file.describe()
+        file.flush()
+        os.fsync(file.fileno())
+    return ReleaseFile(name, len(data), hasher.chunks)
 
 
 def matches(folder: Path, listed: ReleaseFile) -> bool:
@@ -84,8 +161,20 @@ def matches(folder: Path, listed: ReleaseFile) -> bool:
     path = folder / listed.path
     if not path.is_file() or path.stat().st_size != listed.size_bytes:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == listed.sha256
+    return count_intact(path, listed.chunks) == len(listed.chunks)
+
+
+def count_intact(path: Path, chunks: Sequence[Chunk]) -> int:
+    """How many chunks, from the first on, a file holds as listed."""
+    with path.open("rb", buffering=0) as file:
+        for count, chunk in enumerate(chunks):
+            digest, left = hashlib.sha256(), chunk.size_bytes
+            while left and (piece := file.read(min(left, CHUNK_BYTES))):
+                digest.update(piece)
+                left -= len(piece)
+            if left or digest.hexdigest() != chunk.sha256:
+                return count
+    return len(chunks)
 
 
 def check_target(out: Path) -> None:
@@ -96,27 +185,69 @@ def check_target(out: Path) -> None:
         raise TargetError(f"The folder {out} holds something that is not a release; empty it or choose another --out.")
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """An empty folder to write the release in; it becomes `out` when the block ends without an error.
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise TargetError if the disk of `folder` has less room than that."""
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise TargetError(
+            f"The release needs {_gigabytes(needed_bytes)} more on the disk of {folder.resolve()}, which has "
+            f"{_gigabytes(free_bytes)} free (a release that is replaced stays until the new one is whole); "
+            "free some space or choose another --out."
+        )
 
+
+@dataclass(frozen=True)
+class Staging:
+    """Where a release is written: `release` is the folder that will be published, `journal` a file beside it."""
+
+    release: Path
+    journal: Path
+
+
+def staging_of(out: Path) -> Staging:
+    """The places for a release that will be `out`."""
+    folder = out.parent / f".{out.name}.partial"
+    return Staging(folder / "release", folder / "journal")
+
+
+@contextmanager
+def staged(out: Path, keep: bool = False) -> Iterator[Staging]:
+    """A folder to write the release in; it becomes `out` when the block ends without an error.
+
+    It is empty, or, with `keep`, as a killed or interrupted export left it. An Exception inside removes it, an
+    interrupt leaves it; `out` is as it was after either.
     Raises TargetError: `out` is something else, another export is at work, the disk is full.
-    Whatever is raised inside, the staging folder is removed and `out` is as it was.
     """
     check_target(out)
-    staging = out.parent / f".{out.name}.partial"
+    staging = staging_of(out)
+    folder = staging.release.parent
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(staging, out):
+        with _locked(folder, out):
             try:
-                _restore(staging, out)
-                _clear(staging)
-                folder = staging / "release"
-                folder.mkdir()
-                yield folder
-                _publish(folder, out)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                _restore(folder, out)
+                if not keep:
+                    _clear(folder)
+                staging.release.mkdir(exist_ok=True)
+                yield staging
+                _publish(staging.release, out)
+            except Exception:
+                _restore(folder, out)
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise _explain(error, out) from error
+
+
+def clear_leftover(out: Path) -> None:
+    """Remove what a killed export to `out` left, unless one is at work there."""
+    folder = staging_of(out).release.parent
+    try:
+        if folder.is_dir():
+            with _locked(folder, out):
+                _restore(folder, out)
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise _explain(error, out) from error
 
@@ -150,7 +281,10 @@ def _restore(staging: Path, out: Path) -> None:
 
 def _clear(staging: Path) -> None:
     for leftover in staging.iterdir():
-        shutil.rmtree(leftover)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 @contextmanager
@@ -187,6 +321,14 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _bytes_of(values: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def _gigabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB"
 
 
 def _explain(error: OSError, out: Path) -> TargetError:
