@@ -1,8 +1,11 @@
 """The ways a matrix can lie in an ONNX file, for the operators that will read it.
 
 A form is a pair of functions and a promise: `encode` turns source numbers into arrays, `decode` gives the real numbers
-that the operator makes of those arrays, and `exact` says that the two are equal. `stored` tells shapes beforehand, so
-that sizes and places in the data file are known before anything is read.
+that the operator makes of those arrays. An exact form never rounds: it raises ValueError for numbers that it would have
+to round. Any other form may round, and `bound` says how far. A form of one shape can be had both ways (8-bit blocks
+carry a Q8_0 matrix exactly and quantise a float one); who makes it says which, knowing the kind of the source.
+`stored` tells shapes beforehand, so that sizes and places in the data file are known before anything is read.
+Implemented by `export/forms_matrix.py` and `export/forms_experts.py`.
 
 Rows are cut into slices: `encode(slice)` for each slice, joined along `rows_axis`, is `encode(whole)`.
 Does not know files, tensor names or graphs.
@@ -22,6 +25,10 @@ from export.values import Doubles, Values
 
 Arrays = Mapping[str, NDArray[Any]]
 
+FLOAT8E8M0 = 24
+"""ONNX's type of a power of two, 2**(byte - 127); numpy has none, arrays of it are uint8 here."""
+_TENSOR_TYPES = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.float16): 10}
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -30,6 +37,11 @@ class Stored:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     tensor_type: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Stored:
+        """An array of uint8, float16 or float32."""
+        return cls(shape, dtype, _TENSOR_TYPES[dtype])
 
     @property
     def size_bytes(self) -> int:
@@ -47,7 +59,7 @@ class Form(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether `decode(encode(values))` equals `values`, as real numbers, for every source it accepts."""
+        """Whether `decode(encode(values))` equals `values`, as real numbers, for every source that it accepts."""
         ...
 
     def stored(self, rows: int, columns: int) -> dict[str, Stored]:
