@@ -202,11 +202,12 @@ class _Sequence:
     """The first slot of a run as golden prompts see it."""
 
     run: GraphRun
+    context_tokens: int
     length: int = 0
 
     def read(self, prompt: Sequence[int]) -> Floats:
         """Begin anew with the whole prompt as one chunk; logits of its last position."""
-        self.run.begin(1, LENGTHS[0] + IDS)
+        self.run.begin(1, min(LENGTHS[0] + IDS, self.context_tokens))
         self.length = len(prompt)
         logits: Floats = self.run.chunk(0, prompt, [self.length - 1])[0]
         return logits
@@ -232,7 +233,9 @@ def _measure(
         manifest.context_tokens,
     )
     golden = [
-        continue_greedily(_Sequence(run), prompt, manifest.tokenizer_size, manifest.stop_ids, made_by)
+        continue_greedily(
+            _Sequence(run, manifest.context_tokens), prompt, manifest.tokenizer_size, manifest.stop_ids, made_by
+        )
         for prompt in starts
     ]
     scored = score(_parts(run, manifest, text, expected))
@@ -240,7 +243,7 @@ def _measure(
 
 
 def _retrace_all(folder: Path, manifest: Manifest) -> list[Retraced]:
-    sequence = _Sequence(GraphRun(folder / manifest.graph))
+    sequence = _Sequence(GraphRun(folder / manifest.graph), manifest.context_tokens)
     return [retrace(sequence, golden, manifest.tokenizer_size) for golden in manifest.golden]
 
 
