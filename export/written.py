@@ -1,0 +1,105 @@
+"""A graph file's initialisers as they lie on the disk, read a range at a time through the graph's own offsets.
+
+Does not know what the numbers stand for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from export.errors import TargetError
+from export.forms import Stored
+
+
+class WrittenGraph:
+    """A graph file and the data files that it names; `with` it."""
+
+    def __init__(self, graph: Path) -> None:
+        """Read the graph, not the weights; raises TargetError if it is none."""
+        try:
+            self.model = onnx.load(graph, load_external_data=False)
+        except (DecodeError, OSError) as error:
+            raise TargetError(f"{graph} is not an ONNX graph ({error}); export the model again.") from error
+        self._folder = graph.parent
+        self._files = ExitStack()
+        self._descriptors: dict[str, int] = {}
+        self.external: Mapping[str, TensorProto] = {
+            tensor.name: tensor
+            for tensor in self.model.graph.initializer
+            if tensor.data_location == TensorProto.EXTERNAL
+        }
+
+    def __enter__(self) -> WrittenGraph:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def read(self, name: str, stored: Stored, start: int, stop: int) -> NDArray[Any]:
+        """Entries start to stop, along the first axis, of an initialiser that is declared as `stored`.
+
+        Raises TargetError if it is declared otherwise in the graph, or if its bytes are not all there.
+        """
+        offset = self._offset(name, stored)
+        entry_bytes = prod(stored.shape[1:]) * stored.dtype.itemsize
+        data = self._pread(name, offset + start * entry_bytes, (stop - start) * entry_bytes)
+        return np.frombuffer(data, stored.dtype).reshape(stop - start, *stored.shape[1:])
+
+    def place(self, name: str) -> tuple[str, int, int]:
+        """(file, offset, bytes) of an external initialiser; raises TargetError if there is none of that name."""
+        tensor = self.external.get(name)
+        if tensor is None:
+            raise TargetError(f"The graph has no external initialiser {name!r}; export the model again.")
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        try:
+            return entries["location"], int(entries["offset"]), int(entries["length"])
+        except (KeyError, ValueError) as error:
+            raise TargetError(
+                f"The graph does not say where {name!r} lies ({error}); export the model again."
+            ) from error
+
+    def _offset(self, name: str, stored: Stored) -> int:
+        _, offset, size_bytes = self.place(name)
+        tensor = self.external[name]
+        found, declared = (tuple(tensor.dims), tensor.data_type, size_bytes), (stored.shape, stored.tensor_type)
+        if found != (*declared, stored.size_bytes):
+            raise TargetError(
+                f"The initialiser {name!r} is {found[:2]} in {size_bytes} bytes, {declared} in {stored.size_bytes} "
+                "was expected; export the model again."
+            )
+        return offset
+
+    def _pread(self, name: str, offset: int, size_bytes: int) -> bytearray:
+        location, _, _ = self.place(name)
+        data = bytearray(size_bytes)
+        view, done = memoryview(data), 0
+        while done < size_bytes:
+            count = os.preadv(self._descriptor(location), [view[done:]], offset + done)
+            if count == 0:
+                raise TargetError(f"{location} ends before {name!r} does; export or copy the release again.")
+            done += count
+        return data
+
+    def _descriptor(self, location: str) -> int:
+        """A data file, opened once."""
+        if location not in self._descriptors:
+            path = self._folder / location
+            if path.parent != self._folder:
+                raise TargetError(f"The graph names {location!r}, which leaves the release; do not use this release.")
+            self._descriptors[location] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._files.callback(os.close, self._descriptors[location])
+        return self._descriptors[location]
