@@ -28,10 +28,10 @@ class Draft:
     tensors: Mapping[str, TensorInfo]
     plan: Plan
 
-    @cached_property
+    @property
     def floats(self) -> np.dtype[Any]:
         """The type of everything that flows through the graph, the cache and the logits included."""
-        return np.dtype(np.float16 if self.plan.recipe.device is Device.CUDA else np.float32)
+        return self.plan.floats
 
     @property
     def accuracy_level(self) -> int:

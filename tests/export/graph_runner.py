@@ -91,15 +91,31 @@ def _read(checkpoint: Checkpoint, tensor: str) -> Doubles:
     return checkpoint.read(tensor, 0, checkpoint.tensors[tensor].rows).to_doubles()
 
 
-def _matrix(matrix: Matrix, checkpoint: Checkpoint) -> list[onnx.TensorProto]:
+def decoded_weights(checkpoint: Checkpoint, recipe: Recipe, dense: Dense = Dense.INT8) -> dict[str, Doubles]:
+    """What a recipe makes of each matrix's tensors, as numbers [rows, columns], by the checkpoint's names."""
+    decoded: dict[str, Doubles] = {}
+    for weight in build_graph(checkpoint.spec, checkpoint.tensors, Plan(recipe, dense)).weights:
+        if isinstance(weight, Matrix):
+            parts = _parts(weight, checkpoint)
+            whole = np.concatenate([weight.form.decode(arrays) for arrays in parts])
+            ends = np.cumsum([checkpoint.tensors[tensor].rows for tensor in weight.tensors])
+            decoded |= dict(zip(weight.tensors, np.split(whole, ends[:-1]), strict=True))
+    return decoded
+
+
+def _parts(matrix: Matrix, checkpoint: Checkpoint) -> list[dict[str, NDArray[Any]]]:
+    """The arrays of each expert, or those of the one matrix."""
     infos = [checkpoint.tensors[tensor] for tensor in matrix.tensors]
-    rows = sum(info.rows for info in infos)
-    if matrix.experts:
-        rows //= matrix.experts
-        experts = [_encoded(matrix, checkpoint, infos, index * rows, rows) for index in range(matrix.experts)]
-        arrays = {name: np.stack([expert[name] for expert in experts]) for name in experts[0]}
-    else:
-        arrays = _encoded(matrix, checkpoint, infos, 0, rows)
+    count = max(matrix.experts, 1)
+    rows = sum(info.rows for info in infos) // count
+    return [_encoded(matrix, checkpoint, infos, index * rows, rows) for index in range(count)]
+
+
+def _matrix(matrix: Matrix, checkpoint: Checkpoint) -> list[onnx.TensorProto]:
+    parts = _parts(matrix, checkpoint)
+    arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]} if matrix.experts else parts[0]
+    infos = [checkpoint.tensors[tensor] for tensor in matrix.tensors]
+    rows = sum(info.rows for info in infos) // len(parts)
     kinds = matrix.form.stored(rows, infos[0].columns)
     assert {name: array.shape[-len(kinds[name].shape) :] for name, array in arrays.items()} == {
         name: kind.shape for name, kind in kinds.items()

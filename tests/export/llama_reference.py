@@ -1,7 +1,7 @@
-"""The llama family's forward pass written from its formulas, in float64, on the source's own conventions.
+"""The forward pass of a GGUF's llama or qwen2 written from its formulas, in float64, on the file's own conventions.
 
-Of a llama it rotates neighbouring pairs (2i, 2i+1) of a head, as llama.cpp does on the rows as they lie in a GGUF, and
-of a qwen2 halves: an exporter that undid the rows' order wrongly would not agree with it.
+A llama's rows lie so that neighbouring pairs (2i, 2i+1) of a head are rotated, as llama.cpp does; a qwen2's so that
+its halves are (i, i + head_dim / 2). An exporter that confused the two would not agree with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.export.tiny_gguf import TinyLlama
 def logits(model: TinyLlama, ids: list[int]) -> Doubles:
     """Logits [len(ids), vocab] of all positions."""
     spec = model.spec
-    weight = {name: model.weights(name) for name in model.raw}
+    weight = {name: model.weights(name) for name in model.shapes}
     x = weight["token_embd.weight"][ids]
     for layer in range(spec.layers):
         part = {
@@ -38,35 +38,35 @@ def _norm(x: Doubles, weight: Doubles, epsilon: float) -> Doubles:
 
 
 def _attention(model: TinyLlama, part: dict[str, Doubles], x: Doubles) -> Doubles:
-    spec = model.spec
-    queries = _rotate(model, _heads(part, "attn_q", x, spec.heads))
-    keys = _rotate(model, _heads(part, "attn_k", x, spec.kv_heads))
-    values = _heads(part, "attn_v", x, spec.kv_heads)
+    spec, count = model.spec, len(x)
+
+    def heads_of(name: str, heads: int) -> Doubles:
+        projected: Doubles = x @ part[f"{name}.weight"].T + part.get(f"{name}.bias", 0.0)
+        return projected.reshape(count, heads, spec.head_dim)
+
+    queries = _rotate(model, heads_of("attn_q", spec.heads))
+    keys = _rotate(model, heads_of("attn_k", spec.kv_heads))
+    values = heads_of("attn_v", spec.kv_heads)
     shared = spec.heads // spec.kv_heads
     keys, values = keys.repeat(shared, axis=1), values.repeat(shared, axis=1)
     scores = np.einsum("qhd,khd->hqk", queries, keys) / np.sqrt(spec.head_dim)
-    scores = np.where(np.tril(np.ones((len(x), len(x)), bool)), scores, -np.inf)
+    scores = np.where(np.tril(np.ones((count, count), bool)), scores, -np.inf)
     chances = np.exp(scores - scores.max(-1, keepdims=True))
     chances /= chances.sum(-1, keepdims=True)
-    mixed: Doubles = np.einsum("hqk,khd->qhd", chances, values).reshape(len(x), -1)
+    mixed: Doubles = np.einsum("hqk,khd->qhd", chances, values).reshape(count, -1)
     return mixed @ part["attn_output.weight"].T
 
 
-def _heads(part: dict[str, Doubles], name: str, x: Doubles, heads: int) -> Doubles:
-    """A product with its bias, [positions, heads, head_dim]."""
-    product: Doubles = x @ part[f"{name}.weight"].T + part.get(f"{name}.bias", np.zeros(1))
-    return product.reshape(len(x), heads, -1)
-
-
 def _rotate(model: TinyLlama, x: Doubles) -> Doubles:
-    """[positions, heads, head_dim]: rotate each pair by position * base ** (-2 i / head_dim) / divisor."""
-    count, _, size = x.shape
+    """[positions, heads, head_dim]: rotate pair i by position * base ** (-2 i / head_dim) / divisor."""
+    count, heads, size = x.shape
     rope = model.spec.rope
-    divisors = np.array(rope.scaling.divisors) if isinstance(rope.scaling, Divided) else np.ones(size // 2)
+    divisors = np.array(rope.scaling.divisors) if isinstance(rope.scaling, Divided) else 1.0
     angles = np.arange(count)[:, None, None] * rope.base ** (-np.arange(0, size, 2) / size) / divisors
-    # Pairs lie next to each other in a llama's GGUF, half a head apart elsewhere.
-    axes = (size // 2, 2) if model.architecture is Family.LLAMA else (2, size // 2)
-    pairs = np.moveaxis(x.reshape(*x.shape[:-1], *axes), axes.index(2) - 2, -1)
+    if model.spec.family is Family.LLAMA:
+        pairs = x.reshape(count, heads, -1, 2)
+    else:
+        pairs = x.reshape(count, heads, 2, -1).swapaxes(2, 3)
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
-    both = np.stack([turned.real, turned.imag], axis=axes.index(2) - 2)
-    return both.reshape(x.shape)
+    rotated = np.stack([turned.real, turned.imag], axis=-1)
+    return (rotated if model.spec.family is Family.LLAMA else rotated.swapaxes(2, 3)).reshape(x.shape)
