@@ -63,13 +63,18 @@ def locate_tensors(folder: Path) -> dict[str, Located]:
         raise SourceError(
             f"{folder} has neither {SINGLE} nor {INDEX}; name a folder with a model in safetensors, or a .gguf file."
         )
+    located: dict[str, Located] = {}
+    for file, names in read_index(index).items():
+        located |= _read_shard(folder / file, names, index)
+    return located
+
+
+def read_index(index: Path) -> dict[str, set[str]]:
+    """The files that an index names, in order, and the tensors that each must hold; raises SourceError."""
     names_of = defaultdict(set)
     for name, file in decode_json(read_small(index, _MAX_INDEX_BYTES), _Index, str(index)).weight_map.items():
         names_of[_shard_name(file, index)].add(name)
-    located: dict[str, Located] = {}
-    for file, names in sorted(names_of.items()):
-        located |= _read_shard(folder / file, names, index)
-    return located
+    return dict(sorted(names_of.items()))
 
 
 def read_rows(located: Located, rows: int, start: int, stop: int) -> Bytes:

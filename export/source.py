@@ -48,7 +48,5 @@ def _open_folder(path: Path) -> Checkpoint:
     if (path / SINGLE).exists() or (path / INDEX).exists() or not ggufs:
         return SafetensorsCheckpoint.open(path)
     if len(ggufs) > 1:
-        raise SourceError(
-            f"{path} has {len(ggufs)} GGUF files, such as {ggufs[0].name}; name the one that is meant."
-        )
+        raise SourceError(f"{path} has {len(ggufs)} GGUF files, such as {ggufs[0].name}; name the one that is meant.")
     return GgufCheckpoint.open(ggufs[0])
