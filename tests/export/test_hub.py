@@ -179,7 +179,7 @@ def test_all_shards_that_the_index_names_are_fetched(hub: Hub, tmp_path: Path) -
 
 def test_a_download_that_broke_off_goes_on_where_it_stopped(hub: Hub, model_files: dict[str, bytes]) -> None:
     hub.cut_after = 100_000
-    with pytest.raises(SourceError, match="goes on where it stopped"):
+    with pytest.raises(SourceError, match=r"goes on where it stopped"):
         download(REPO)
     hub.status = None
     hub.requests.clear()
@@ -204,7 +204,7 @@ def test_two_exports_do_not_write_into_one_file(hub: Hub, model_files: dict[str,
     part.parent.mkdir(parents=True)
     with part.open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SourceError, match="being fetched .* by another export"):
+        with pytest.raises(SourceError, match=r"being fetched .* by another export"):
             download(REPO)
 
 
@@ -224,23 +224,23 @@ def test_a_model_in_the_cache_needs_no_hub(hub: Hub, monkeypatch: pytest.MonkeyP
 
 def test_offline_the_sentence_says_how_to_go_on(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match="not in the cache .*; connect, set HF_ENDPOINT .* or name a local folder"):
+    with pytest.raises(SourceError, match=r"not in the cache .*; connect, set HF_ENDPOINT .* or name a local folder"):
         download(REPO)
 
 
 def test_a_hub_that_is_gone_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point_at("http://127.0.0.1:9", tmp_path / "cache", monkeypatch)
-    with pytest.raises(SourceError, match="cannot be reached and people/model is not in the cache"):
+    with pytest.raises(SourceError, match=r"cannot be reached and people/model is not in the cache"):
         download(REPO)
 
 
 def test_a_hub_that_goes_away_between_two_files_is_reported_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = hub.files.pop(WEIGHTS)
-    with pytest.raises(SourceError, match="has neither"):
+    with pytest.raises(SourceError, match=r"has neither"):
         download(REPO)
     hub.files[WEIGHTS] = weights
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match="cannot be reached"):
+    with pytest.raises(SourceError, match=r"cannot be reached"):
         download(REPO)
 
 
@@ -260,7 +260,7 @@ def test_a_model_that_is_closed_or_not_there_is_said_so(hub: Hub, status: int, c
 
 
 def test_an_unknown_revision_is_named(hub: Hub) -> None:
-    with pytest.raises(SourceError, match="has no revision 'v9'; name a branch, tag or commit"):
+    with pytest.raises(SourceError, match=r"has no revision 'v9'; name a branch, tag or commit"):
         open_checkpoint(f"{REPO}@v9")
 
 
@@ -270,19 +270,19 @@ def test_a_commit_can_be_named(hub: Hub) -> None:
 
 def test_a_repository_without_safetensors_is_refused(hub: Hub) -> None:
     del hub.files[WEIGHTS]
-    with pytest.raises(SourceError, match="has neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(SourceError, match=r"has neither model.safetensors nor model.safetensors.index.json"):
         download(REPO)
 
 
 def test_a_name_that_the_hub_cannot_have_is_refused(hub: Hub) -> None:
-    with pytest.raises(SourceError, match="no name of a model; it is organisation/name"):
+    with pytest.raises(SourceError, match=r"no name of a model; it is organisation/name"):
         download("people/model--..")
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_the_first_byte(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    with pytest.raises(SourceError, match="GB more in .* make room, or set HF_HOME"):
+    with pytest.raises(SourceError, match=r"GB more in .* make room, or set HF_HOME"):
         download(REPO)
     assert hub.gets(WEIGHTS) == []
 
@@ -292,5 +292,5 @@ def test_a_disk_that_fills_up_on_the_way_is_said_so(hub: Hub, monkeypatch: pytes
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("export.hub.http_get", fill)
-    with pytest.raises(SourceError, match="No space left on device.*; make room, or set HF_HOME"):
+    with pytest.raises(SourceError, match=r"No space left on device.*; make room, or set HF_HOME"):
         download(REPO)
