@@ -97,10 +97,9 @@ class SafetensorsCheckpoint:
             case FloatTensor(info, stored):
                 return Plain(_read_floats(info, stored, start, stop))
             case Mxfp4Tensor(info, codes, exponents):
-                return Mxfp4(
-                    read_rows(codes, info.rows, start, stop).reshape(stop - start, -1, MXFP4_BLOCK // 2),
-                    _read_exponents(info, exponents, start, stop),
-                )
+                blocks = (stop - start, info.columns // MXFP4_BLOCK, MXFP4_BLOCK // 2)
+                packed = read_rows(codes, info.rows, start, stop).reshape(blocks)
+                return Mxfp4(packed, _read_exponents(info, exponents, start, stop))
 
     def extents(self, name: str) -> list[Extent]:
         """Where a tensor's bytes lie; MXFP4: codes, then scales."""

@@ -122,13 +122,14 @@ WHOLE = save(
 )
 
 
+@settings(deadline=None)
 @given(size=st.integers(0, len(WHOLE) - 1))
 def test_a_file_that_ends_early_is_refused_wherever_it_ends(size: int) -> None:
     with pytest.raises(SourceError):
         parse(WHOLE[:size])
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(flips=st.lists(st.tuples(st.integers(0, len(WHOLE) - 30), st.integers(0, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_give_a_refusal_or_tensors_that_lie_in_the_file(flips: list[tuple[int, int]]) -> None:
     data = bytearray(WHOLE)
