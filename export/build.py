@@ -1,20 +1,21 @@
-"""One export, start to end: read, write tensor by tensor, verify, publish.
+"""One export, start to end: open, plan, write, run, describe, publish.
 
-Memory: one matrix at a time; the source is memory-mapped. Does not know block formats or operators.
+    checkpoint + recipe -> graph and places of its weights -> is there room? -> data file (export/data.py)
+      -> graph file, tokenizer, template -> run on this machine, if it can be -> quality, manifest -> swapped in
+
+Does not know block formats, operators, or how a checkpoint's files look.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
-from tqdm import tqdm
+from msgspec.structs import replace
 
 from core.errors import ReleaseError
 from core.manifest import (
@@ -29,32 +30,43 @@ from core.manifest import (
     encode_manifest,
     release_name,
 )
-from export import EXPORTER_VERSION, layouts
-from export.claims import weights_claim
-from export.gguf import GgufFile, file_sha256, read_matrix
-from export.graph_llama import GRAPH_NAME, build_graph
-from export.llama_spec import FAMILY, LlamaSpec, read_spec
-from export.onnx_graph import GraphBuilder, Matrix, Table, Vector, View
-from export.recipes import Recipe
-from export.tokenizer import Speech, read_speech
-from export.verify import Invariance, WrittenRelease, check_weights, measure_invariance
-from export.writer import HashingFile, check_target, matches, staged, write_file
+from export import EXPORTER_VERSION
+from export.checkpoint import Checkpoint
+from export.data import DATA_FILE, GRAPH_FILE, Data, Drawing, Kept, find_kept, write_data
+from export.quality_report import QualityReport, TensorQuality, encode_report, totals_of
+from export.recipes import Dense, Plan, Recipe
+from export.source import open_checkpoint
+from export.source_digest import SourceDigest
+from export.trial import NOT_ASKED, Trial, draw_reference, try_release
+from export.writer import Staging, check_room, check_target, clear_leftover, matches, staged, write_file
 
-GRAPH_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
+QUALITY_FILE = "quality.json"
+
+_BESIDE_WEIGHTS_BYTES = 32_000_000
+"""Room for the graph file, the manifest and the like."""
+
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be exported. force: even if the release is there already."""
+    """What is to be exported.
 
-    source: Path
+    source: a GGUF file, a folder, or a model on the hub. recipe None: the one that suits this machine.
+    force: even if the release is there already. resume: continue what a killed export left. run: on this machine, to
+    measure what the release does.
+    """
+
+    source: str
     out: Path
     model: str
-    recipe: Recipe
+    recipe: Recipe | None = None
+    dense: Dense = Dense.INT8
     force: bool = False
+    resume: bool = False
+    run: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,38 +77,45 @@ class Outcome:
     fresh: bool
 
 
-def export(order: Order) -> Outcome:
-    """Export one model.
+def export(order: Order, tell: Tell = lambda line: None) -> Outcome:
+    """Export one model; `tell` hears what is being done, in clauses for a person.
 
     A release that is there already, whole and made from the same bytes in the same way, is left as it is.
     Raises SourceError, TargetError, or ReleaseError for a bad model name; then `order.out` is as it was.
     """
     release_name(order.model, "0" * 12)
     check_target(order.out)
-    sha256 = file_sha256(order.source)
-    present = None if order.force else _already_there(order, sha256)
+    checkpoint = open_checkpoint(order.source)
+    drawing = Drawing.of(checkpoint, _plan(order, checkpoint, tell))
+    present = None if order.force else _already_there(order, drawing)
     if present is not None:
+        clear_leftover(order.out)
         return Outcome(present, fresh=False)
-    source = GgufFile(order.source)
-    spec = read_spec(source.metadata, source.tensors)
-    speech = read_speech(source.metadata)
-    with staged(order.out) as folder:
-        manifest = _write_release(order, source, sha256, spec, speech, folder)
+    with staged(order.out, keep=order.resume) as staging:
+        manifest = _write_release(order, drawing, staging, tell)
     return Outcome(manifest, fresh=True)
 
 
-def release_digest(source_sha256: str, tokenizer_json: bytes, chat_template: str, context_tokens: int) -> str:
-    """What makes two variants one release: weights, tokenizer, template, maximum context. Recipes do not count."""
+def _plan(order: Order, checkpoint: Checkpoint, tell: Tell) -> Plan:
+    assert order.recipe is not None
+    return Plan(order.recipe, order.dense)
+
+
+def release_digest(source_sha256: str, checkpoint: Checkpoint) -> str:
+    """What makes two variants one release: weights, sizes, tokenizer, template, maximum context. Recipes do not
+    count."""
+    speech = checkpoint.speech
     identity = {
         "source_sha256": source_sha256,
-        "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
-        "template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
-        "context_tokens": context_tokens,
+        "spec": asdict(checkpoint.spec),
+        "tokenizer_sha256": hashlib.sha256(speech.tokenizer_json).hexdigest(),
+        "chat_template": speech.chat_template,
+        "stop_ids": speech.stop_ids,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _already_there(order: Order, sha256: str) -> Manifest | None:
+def _already_there(order: Order, drawing: Drawing) -> Manifest | None:
     """The manifest in `order.out` if that release is what this export would write, byte by byte intact."""
     path = order.out / MANIFEST_NAME
     if not path.is_file():
@@ -105,120 +124,109 @@ def _already_there(order: Order, sha256: str) -> Manifest | None:
         manifest = decode_manifest(path.read_bytes(), str(path))
     except ReleaseError:
         return None  # of another format or damaged: this export replaces it
-    wanted = (order.model, order.recipe, EXPORTER_VERSION, sha256)
-    found = (manifest.model, manifest.variant, manifest.exporter_version, manifest.source.sha256)
-    intact = wanted == found and all(matches(order.out, file) for file in manifest.files)
+    wanted = (order.model, drawing.plan.variant, EXPORTER_VERSION)
+    lacks_a_run = order.run and manifest.claims.items() >= NOT_ASKED.claims.items()
+    if lacks_a_run or wanted != (manifest.model, manifest.variant, manifest.exporter_version):
+        return None
+    with SourceDigest(drawing.checkpoint) as digest:
+        release = release_name(order.model, release_digest(digest.root(), drawing.checkpoint))
+    intact = release == manifest.release and all(matches(order.out, file) for file in manifest.files)
     return manifest if intact else None
 
 
-def _write_release(
-    order: Order, source: GgufFile, sha256: str, spec: LlamaSpec, speech: Speech, folder: Path
-) -> Manifest:
-    """Write, check and describe the release in `folder`; the manifest comes last."""
-    digest = release_digest(sha256, speech.tokenizer_json, speech.chat_template, spec.context_tokens)
-    release = release_name(order.model, digest)
-    graph = build_graph(spec, order.recipe)
-    initializers, data_file = _write_weights(graph, order.recipe, source, folder)
-    properties = {
-        "recipe": order.recipe.value,
-        "release": release,
-        "source_sha256": sha256,
-        "exporter_version": EXPORTER_VERSION,
-        "graph_abi": str(GRAPH_ABI),
-    }
-    model = graph.build(GRAPH_NAME, initializers, properties)
-    files = [
-        write_file(folder, GRAPH_FILE, model.SerializeToString(deterministic=True)),
-        data_file,
-        write_file(folder, TOKENIZER_FILE, speech.tokenizer_json),
-        write_file(folder, TEMPLATE_FILE, speech.chat_template.encode()),
-    ]
-    written = WrittenRelease.open(folder, GRAPH_FILE)
-    check_weights(written, graph.weights, order.recipe, source)
-    invariance = measure_invariance(written, spec)
-    manifest = Manifest(
-        format=FORMAT,
-        graph_abi=GRAPH_ABI,
-        model=order.model,
-        release=release,
-        variant=order.recipe,
-        family=FAMILY,
-        exporter_version=EXPORTER_VERSION,
-        source=Source(order.source.name, sha256, FAMILY),
-        context_tokens=spec.context_tokens,
-        vocab_size=spec.vocab,
-        tokenizer_size=speech.size,
-        kv=KvShape(spec.layers, spec.kv_heads, spec.head_dim, "float32"),
-        stop_ids=list(speech.stop_ids),
-        bos_id=speech.bos_id,
-        batch_invariant=invariance.chunks and invariance.batches,
-        speech="chat_template",
-        graph=GRAPH_FILE,
-        tokenizer=TOKENIZER_FILE,
-        chat_template=TEMPLATE_FILE,
-        files=files,
-        claims=_claims(order.recipe, invariance),
+def _write_release(order: Order, drawing: Drawing, staging: Staging, tell: Tell) -> Manifest:
+    """Write, run and describe the release; the manifest comes last."""
+    kept = find_kept(drawing, staging, tell) if order.resume else Kept()
+    _clear_all_but_data(staging)
+    reference = draw_reference(drawing) if order.run else "not asked for"
+    check_room(staging.release, _needed_bytes(drawing, kept, reference))
+    data = write_data(drawing, staging, kept)
+    manifest = _describe(order, drawing, data.source_sha256)
+    files = [data.file, *_write_small_files(drawing, manifest, staging.release)]
+    trial = NOT_ASKED
+    if order.run:
+        tell("trying the release on this machine")
+        trial = try_release(staging.release, manifest, drawing, reference, staging.scratch)
+    report = _report(drawing, data, trial)
+    files.append(write_file(staging.release, QUALITY_FILE, encode_report(report)))
+    manifest = replace(
+        manifest,
+        files=sorted(files, key=lambda file: file.path),
+        batch_invariant=trial.batch_invariant,
+        golden=trial.golden,
+        claims={"weights": report.weights_claim(), **trial.claims},
     )
-    write_file(folder, MANIFEST_NAME, encode_manifest(manifest))
+    write_file(staging.release, MANIFEST_NAME, encode_manifest(manifest))
     return manifest
 
 
-def _claims(recipe: Recipe, invariance: Invariance) -> dict[str, str]:
-    """What was checked on this very release before it was published."""
-    how = {True: "bit-identical", False: "not bit-identical"}
-    return {
-        "weights": weights_claim(recipe),
-        "chunks": f"{how[invariance.chunks]} for all chunk lengths tried, from 2 tokens up, on the exporting machine",
-        "batches": f"{how[invariance.batches]} for decode batches of 1 and 8 on the exporting machine",
+def _clear_all_but_data(staging: Staging) -> None:
+    """Remove what a killed export wrote after the weights: it is quickly written again."""
+    shutil.rmtree(staging.scratch, ignore_errors=True)
+    for leftover in staging.release.iterdir():
+        if leftover.name != DATA_FILE:
+            leftover.unlink()
+
+
+def _needed_bytes(drawing: Drawing, kept: Kept, reference: Drawing | str) -> int:
+    beside = 0 if isinstance(reference, str) else reference.layout.size_bytes
+    beside += len(drawing.checkpoint.speech.tokenizer_json) + _BESIDE_WEIGHTS_BYTES
+    return drawing.layout.size_bytes - kept.size_bytes + beside
+
+
+def _describe(order: Order, drawing: Drawing, source_sha256: str) -> Manifest:
+    """All of the manifest that is known before the release is tried."""
+    checkpoint, plan = drawing.checkpoint, drawing.plan
+    spec, speech = checkpoint.spec, checkpoint.speech
+    return Manifest(
+        format=FORMAT,
+        graph_abi=GRAPH_ABI,
+        model=order.model,
+        release=release_name(order.model, release_digest(source_sha256, checkpoint)),
+        variant=plan.variant,
+        family=spec.family,
+        exporter_version=EXPORTER_VERSION,
+        source=Source(checkpoint.name, source_sha256, checkpoint.architecture),
+        context_tokens=spec.context_tokens,
+        vocab_size=spec.vocab,
+        tokenizer_size=speech.size,
+        kv=KvShape(spec.layers, spec.kv_heads, spec.head_dim, "float16" if plan.floats == "float16" else "float32"),
+        stop_ids=list(speech.stop_ids),
+        bos_id=speech.bos_id,
+        batch_invariant=False,
+        device=plan.recipe.device.value,
+        operators=drawing.graph.operators(),
+        speech="harmony" if speech.chat_template is None else "chat_template",
+        graph=GRAPH_FILE,
+        tokenizer=TOKENIZER_FILE,
+        chat_template=None if speech.chat_template is None else TEMPLATE_FILE,
+        quality=QUALITY_FILE,
+        files=[],
+        claims={},
+        golden=[],
+    )
+
+
+def _write_small_files(drawing: Drawing, manifest: Manifest, folder: Path) -> list[ReleaseFile]:
+    """The graph, the tokenizer and the template."""
+    properties = {
+        "recipe": drawing.plan.recipe.value,
+        "dense": drawing.plan.dense.value,
+        "release": manifest.release,
+        "source_sha256": manifest.source.sha256,
+        "exporter_version": manifest.exporter_version,
+        "graph_abi": str(manifest.graph_abi),
     }
+    speech = drawing.checkpoint.speech
+    files = [
+        write_file(folder, GRAPH_FILE, drawing.graph_file(properties)),
+        write_file(folder, TOKENIZER_FILE, speech.tokenizer_json),
+    ]
+    if speech.chat_template is not None:
+        files.append(write_file(folder, TEMPLATE_FILE, speech.chat_template.encode()))
+    return files
 
 
-def _write_weights(
-    graph: GraphBuilder, recipe: Recipe, source: GgufFile, folder: Path
-) -> tuple[list[TensorProto], ReleaseFile]:
-    """Write all declared weights into the data file; returns their initialisers and the file's description."""
-    places: dict[str, TensorProto] = {}
-    total_bytes = sum(source.size_bytes(name) for name in source.tensors)
-    with (
-        HashingFile(folder / DATA_FILE) as file,
-        tqdm(total=total_bytes, unit="B", unit_scale=True, desc="export", disable=None) as bar,
-    ):
-        for weight in graph.weights:
-            bar.set_postfix_str(weight.name, refresh=False)
-            if isinstance(weight, View):
-                places[weight.name] = _view(weight, places[weight.of])
-                continue
-            for name, values in _arrays(weight, recipe, source).items():
-                places[name] = _external(name, values, *file.append_array(values))
-            bar.update(sum(source.size_bytes(tensor) for tensor in weight.tensors))
-    return list(places.values()), file.describe()
-
-
-def _arrays(weight: Matrix | Vector | Table, recipe: Recipe, source: GgufFile) -> dict[str, NDArray[Any]]:
-    """The initialisers of one weight by name."""
-    match weight:
-        case Matrix(name=name):
-            layout = layouts.lay_out(read_matrix(weight, source), layouts.layout_type(weight.block_format, recipe))
-            return {f"{name}.{part}": values for part, values in layouts.arrays(layout).items()}
-        case Vector(name=name, tensor=tensor):
-            return {name: source.floats(tensor)}
-        case Table(name=name, values=values):
-            return {name: values}
-
-
-def _external(name: str, values: NDArray[Any], offset: int, length: int) -> TensorProto:
-    """An initialiser whose bytes lie in the data file."""
-    tensor = TensorProto(name=name, dims=values.shape, data_location=TensorProto.EXTERNAL)
-    tensor.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-    for key, value in (("location", DATA_FILE), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
-    return tensor
-
-
-def _view(view: View, original: TensorProto) -> TensorProto:
-    """The bytes of another initialiser under another shape: the embedding and the tied head lie on disk once."""
-    tensor = onnx.TensorProto()
-    tensor.CopyFrom(original)
-    tensor.name = view.name
-    tensor.dims[:] = view.shape
-    return tensor
+def _report(drawing: Drawing, data: Data, trial: Trial) -> QualityReport:
+    tensors = {name: TensorQuality.of(found) for name, found in data.fidelity.items()}
+    return QualityReport(totals_of(data.file.size_bytes, drawing.checkpoint.tensors), trial.quality, tensors)

@@ -1,6 +1,6 @@
 """What a person sees while an export writes: on a terminal one live line, elsewhere a plain line now and then.
 
-    layers.3.experts.gate_up:  41% 5.6 of 13.8 GB, 0.52 GB/s, 16 s left, peak memory 1.1 GB
+    layers.3.experts.gate_up: 5.6 of 13.8 GB, 0.52 GB/s, 16 s left, peak RSS 1.1 GB
 
 Bytes are those of the data file. Does not know what writes them.
 """
@@ -8,6 +8,7 @@ Bytes are those of the data file. Does not know what writes them.
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -41,31 +42,34 @@ class Moment:
         return (self.done_bytes - self.kept_bytes) / max(self.elapsed_s, 1e-9)
 
     def describe(self, peak_bytes: int) -> str:
-        """On the way: "41% 5.6 of 13.8 GB, 0.52 GB/s, 16 s left, peak memory 1.1 GB"."""
+        """On the way: "5.6 of 13.8 GB, 0.52 GB/s, 16 s left, peak RSS 1.1 GB"."""
         left_bytes = self.total_bytes - self.done_bytes
         left = f"{left_bytes / self.bytes_per_s:.0f} s left" if self.bytes_per_s else "time left unknown"
-        share = self.done_bytes / max(self.total_bytes, 1)
-        return f"{share:.0%} {self._amount()}, {self._speed()}, {left}, {_peak(peak_bytes)}"
+        unit, unit_bytes = _unit(self.total_bytes)
+        amount = f"{self.done_bytes / unit_bytes:.1f} of {self.total_bytes / unit_bytes:.1f} {unit}"
+        return f"{amount}, {self._speed()}, {left}, {_peak(peak_bytes)}"
 
     def summarise(self, peak_bytes: int) -> str:
-        """At the end: "13.8 GB in 26.5 s (0.52 GB/s), peak memory 1.1 GB"."""
+        """At the end: "13.8 GB in 26.5 s (0.52 GB/s), peak RSS 1.1 GB"."""
         fresh_bytes = self.done_bytes - self.kept_bytes
-        kept = f", {_gigabytes(self.kept_bytes)} kept" if self.kept_bytes else ""
-        return f"{_gigabytes(fresh_bytes)} in {self.elapsed_s:.1f} s ({self._speed()}){kept}, {_peak(peak_bytes)}"
-
-    def _amount(self) -> str:
-        return f"{self.done_bytes / 1e9:.1f} of {_gigabytes(self.total_bytes)}"
+        kept = f", {_amount(self.kept_bytes)} kept" if self.kept_bytes else ""
+        return f"{_amount(fresh_bytes)} in {self.elapsed_s:.1f} s ({self._speed()}){kept}, {_peak(peak_bytes)}"
 
     def _speed(self) -> str:
         return f"{self.bytes_per_s / 1e9:.2f} GB/s"
 
 
-def _gigabytes(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+def _unit(size_bytes: int) -> tuple[str, float]:
+    return ("GB", 1e9) if size_bytes >= 1e9 else ("MB", 1e6)
+
+
+def _amount(size_bytes: int) -> str:
+    unit, unit_bytes = _unit(size_bytes)
+    return f"{size_bytes / unit_bytes:.1f} {unit}"
 
 
 def _peak(size_bytes: int) -> str:
-    return f"peak memory {_gigabytes(size_bytes)}"
+    return f"peak RSS {_amount(size_bytes)}"
 
 
 @dataclass
@@ -101,17 +105,9 @@ class Progress:
         """How far it has come."""
         return Moment(self.kept_bytes, self.done_bytes, self.total_bytes, self.clock() - self._began_s)
 
-    def begin(self, name: str) -> None:
-        """The weight that is written from now on."""
-        self.name = name
-        self._tell()
-
-    def advance(self, written_bytes: int) -> None:
-        """More bytes are written."""
-        self.done_bytes += written_bytes
-        self._tell()
-
-    def _tell(self) -> None:
+    def show(self, name: str, done_bytes: int) -> None:
+        """`name` is being written, and so many bytes are there now, kept ones included."""
+        self.name, self.done_bytes = name, done_bytes
         now_s = self.clock()
         if now_s - self._told_s < (PLAIN_LINE_EVERY_S if self._bar is None else LIVE_LINE_EVERY_S):
             return
@@ -119,7 +115,7 @@ class Progress:
         if self._bar is None:
             print(f"export: {self._line()}", file=self.stream, flush=True)
         else:
-            self._bar.set_description_str(self._line())
+            self._bar.set_description_str(self._line()[: shutil.get_terminal_size().columns - 1])
 
     def _line(self) -> str:
         return f"{self.name}: {self.moment().describe(self.peak())}"

@@ -198,16 +198,18 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class Staging:
-    """Where a release is written: `release` is the folder that will be published, `journal` a file beside it."""
+    """Where a release is written: `release` is the folder that will be published; beside it `journal`, a file, and
+    `scratch`, a folder for whoever needs one."""
 
     release: Path
     journal: Path
+    scratch: Path
 
 
 def staging_of(out: Path) -> Staging:
     """The places for a release that will be `out`."""
     folder = out.parent / f".{out.name}.partial"
-    return Staging(folder / "release", folder / "journal")
+    return Staging(folder / "release", folder / "journal", folder / "scratch")
 
 
 @contextmanager

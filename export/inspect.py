@@ -1,0 +1,155 @@
+"""`python -m export inspect`: what lies in a release's folder, as a page for people or as JSON for programs.
+
+Reads what the release says of itself and checks nothing; that is `verify`. Does not know how releases are made.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from tokenizers import Tokenizer
+
+from core.errors import ReleaseError
+from core.manifest import MANIFEST_NAME, Golden, Manifest, decode_manifest
+from export.quality import Quality
+from export.quality_report import QualityReport, TensorQuality, decode_report
+
+WIDTH = 80
+
+
+class Story(msgspec.Struct, frozen=True):
+    """A golden prompt as text."""
+
+    prompt: str
+    continuation: str
+    min_margin: float
+    made_by: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a release says; quality None: it has no such report."""
+
+    manifest: Manifest
+    quality: QualityReport | None
+    stories: list[Story]
+
+    def to_json(self) -> bytes:
+        """All of it."""
+        content = {"manifest": self.manifest, "quality": self.quality, "golden": self.stories}
+        return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
+
+    def lines(self) -> Iterator[str]:
+        """A page of about WIDTH columns."""
+        yield f"{self.manifest.release}  ({self.manifest.variant})"
+        for title, body in (
+            ("", _facts(self.manifest)),
+            ("files", _files(self.manifest)),
+            ("weights", [] if self.quality is None else _weights(self.quality)),
+            ("quality", [] if self.quality is None else _quality(self.quality.run)),
+            ("claims", _table(self.manifest.claims.items())),
+            ("golden prompts", _stories(self.stories)),
+        ):
+            rows = list(body)
+            if rows:
+                yield from ("", title) if title else ("",)
+                yield from (f"  {row}" for row in rows)
+
+
+def inspect(folder: Path) -> Inspection:
+    """Read a release; raises ReleaseError or TargetError for what is none."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ReleaseError(f"There is no release in {folder} (it has no {MANIFEST_NAME}); name a release's folder.")
+    manifest = decode_manifest(path.read_bytes(), str(path))
+    for name in (manifest.tokenizer, manifest.quality):
+        if name is not None and not (folder / name).is_file():
+            raise ReleaseError(f"{folder} lacks the file {name!r} that its manifest lists; export the model again.")
+    quality = None
+    if manifest.quality is not None:
+        quality = decode_report((folder / manifest.quality).read_bytes(), str(folder / manifest.quality))
+    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
+    return Inspection(manifest, quality, [_story(tokenizer, golden) for golden in manifest.golden])
+
+
+def _story(tokenizer: Tokenizer, golden: Golden) -> Story:
+    prompt, continuation = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (golden.prompt_ids, golden.ids))
+    return Story(prompt, continuation, golden.min_margin, golden.made_by)
+
+
+def _facts(manifest: Manifest) -> Iterator[str]:
+    kv = manifest.kv
+    cache_kb = kv.bytes_per_token / 1000
+    invariant = "yes" if manifest.batch_invariant else "no, or not measured"
+    yield from _table(
+        [
+            ("source", f"{manifest.source.name} ({manifest.source.architecture})"),
+            ("source sha256", manifest.source.sha256),
+            ("graph", f"{manifest.family}, ABI {manifest.graph_abi}, exporter {manifest.exporter_version}"),
+            ("device", manifest.device),
+            ("operators", ", ".join(manifest.operators) or "those of ONNX Runtime"),
+            ("context", f"{manifest.context_tokens} tokens"),
+            ("vocabulary", f"{manifest.vocab_size}, of which the tokenizer knows {manifest.tokenizer_size}"),
+            ("cache", f"{kv.layers} layers x {kv.kv_heads} heads x {kv.head_dim}, {cache_kb:.1f} kB a token"),
+            ("speech", f"{manifest.speech}, ends at {', '.join(map(str, manifest.stop_ids))}"),
+            ("batch-invariant", invariant),
+        ]
+    )
+
+
+def _files(manifest: Manifest) -> Iterator[str]:
+    for file in manifest.files:
+        chunks = f"{len(file.chunks)} chunk" + ("s" if len(file.chunks) != 1 else "")
+        yield f"{file.path:<40} {_size(file.size_bytes):>12} {chunks:>14}"
+
+
+def _weights(report: QualityReport) -> Iterator[str]:
+    """A line for each form, and what it all comes to."""
+    forms: dict[str, list[TensorQuality]] = {}
+    for tensor in report.tensors.values():
+        forms.setdefault(tensor.form, []).append(tensor)
+    for form, tensors in forms.items():
+        weights = sum(tensor.weights for tensor in tensors)
+        worst = max(tensor.relative_rms for tensor in tensors)
+        how = "exact" if all(tensor.exact for tensor in tensors) else f"error {worst:.2g}"
+        yield f"{form:<36} {len(tensors):>5} tensors {weights / 1e6:>10.1f} M {how:>12}"
+    totals = report.totals
+    yield f"together {_size(totals.bytes)}, {totals.ratio:.1%} of {_size(totals.fp32_bytes)} in float32"
+
+
+def _quality(run: Quality | str) -> Iterator[str]:
+    if isinstance(run, str):
+        yield from textwrap.wrap(run, WIDTH - 2)
+        return
+    score, rows = run.score, []
+    rows.append(("perplexity", f"{score.perplexity:.3f} over {score.positions} tokens of {run.text}"))
+    if score.distance is None:
+        rows.append(("compared with", f"nothing: {run.reference}"))
+    else:
+        distance = score.distance
+        rows.append(("compared with", f"{run.reference}: perplexity {distance.perplexity:.3f}"))
+        rows.append(("KL divergence", f"{distance.kl_divergence:.2g} nats a token"))
+        rows.append(("same best token", f"{distance.top1_agreement:.1%}"))
+    rows.append(("made by", run.made_by))
+    yield from _table(rows)
+
+
+def _stories(stories: list[Story]) -> Iterator[str]:
+    for story in stories:
+        yield from textwrap.wrap(repr(story.prompt), WIDTH - 2)
+        yield from textwrap.wrap(f"{story.continuation!r}", WIDTH - 2, initial_indent="-> ", subsequent_indent="   ")
+        yield f"   smallest margin {story.min_margin:.3g}"
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Names in one column, words in another, wrapped."""
+    for name, words in rows:
+        yield from textwrap.wrap(f"{name:<16}{words}", WIDTH - 2, subsequent_indent=" " * 16, break_long_words=False)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
