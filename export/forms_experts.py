@@ -112,8 +112,10 @@ class ExpertBits:
         """Half a step, a whole one beyond the largest code, and what float16 rounds off a small scale, eight times."""
         if self.exact:
             return _NOTHING
-        scales = arrays["scales"]
-        bound = farthest(values.to_doubles().reshape(*scales.shape, self.block), scales, self.bits)
+        source, scales = _expect_mxfp4(values), arrays["scales"]
+        weights = mxfp4.floats(source.packed).reshape(*scales.shape, self.block).astype(np.float64)
+        weights *= np.ldexp(1.0, source.exponents.astype(np.int32) - MXFP4_BIAS)[..., None]
+        bound = farthest(weights, scales, self.bits)
         bound += (1 << (self.bits - 1)) * float(np.finfo(self.floats).smallest_subnormal)
         return bound.reshape(len(values), -1)
 

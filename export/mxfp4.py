@@ -25,12 +25,12 @@ DOUBLED_ZERO = 128
 
 def doubled(packed: Bytes) -> Bytes:
     """[...] bytes -> [..., 2] codes of 8 bits: 2 * value + 128, which is exact (values are multiples of 1/2)."""
-    return _look_up(_DOUBLED, packed).view(np.uint8).reshape(*packed.shape, 2)
+    return look_up(_DOUBLED, packed).view(np.uint8).reshape(*packed.shape, 2)
 
 
 def floats(packed: Bytes) -> Floats:
     """[...] bytes -> [..., 2] values as float32."""
-    return _look_up(_VALUES, packed).view(np.float32).reshape(*packed.shape, 2)
+    return look_up(_VALUES, packed).view(np.float32).reshape(*packed.shape, 2)
 
 
 def transpose(packed: Bytes) -> Bytes:
@@ -61,14 +61,14 @@ def requantise(packed: Bytes) -> tuple[Bytes, Floats]:
         rows = slice(start, start + _ROWS)
         choices = _choose_steps(packed[rows])
         steps[rows] = _STEPS.reshape(-1)[choices]
-        codes[rows] = _look_up(_REQUANTISED.reshape(-1), _indices(choices, packed[rows]))
+        codes[rows] = look_up(_REQUANTISED.reshape(-1), _indices(choices, packed[rows]))
     return codes, steps
 
 
 def _choose_steps(packed: Bytes) -> NDArray[np.uint16]:
     """The best row of `_STEPS.reshape(-1)` for each block [rows, blocks]."""
-    extremes = _look_up(_RANKS, packed).max(axis=-1).astype(np.uint16)
-    sums = _look_up(_ERRORS.reshape(-1), _indices(extremes, packed)).sum(axis=-1)
+    extremes = look_up(_RANKS, packed).max(axis=-1).astype(np.uint16)
+    sums = look_up(_ERRORS.reshape(-1), _indices(extremes, packed)).sum(axis=-1)
     errors = sums[..., None] >> _FIELDS & np.uint64(_FIELD_MASK)
     choices: NDArray[np.uint16] = extremes * np.uint16(len(_DIVISORS)) + errors.argmin(axis=-1).astype(np.uint16)
     return choices
@@ -80,7 +80,7 @@ def _indices(tables: NDArray[np.uint16], packed: Bytes) -> NDArray[np.uint16]:
     return indices
 
 
-def _look_up(table: NDArray[Any], indices: NDArray[Any]) -> NDArray[Any]:
+def look_up(table: NDArray[Any], indices: NDArray[Any]) -> NDArray[Any]:
     """table[indices], in pieces: numpy widens indices to 8 bytes each. "wrap" never wraps here, it spares a copy."""
     out = np.empty(indices.shape, table.dtype)
     source, target = indices.reshape(-1), out.reshape(-1)

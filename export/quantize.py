@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from export.values import Bytes, Doubles, Floats
 
+_PIECE_WEIGHTS = 1 << 15
+"""Quantised at a time: what is made of them on the way stays in a core's cache, which is three times as fast."""
 _DIVISION = 2.0**-16
 """Slack of the division in float32: a quotient of up to 128 is off by at most 2**-18."""
 
@@ -31,23 +33,37 @@ def quantize(weights: Floats, bits: int, block: int, floats: np.dtype[Any]) -> t
     `floats` cannot hold.
     """
     half = 1 << (bits - 1)
-    grouped = weights.reshape(len(weights), -1, block)
-    scales = _scales(grouped, half, floats)
-    steps = np.where(scales == 0, 1, scales).astype(np.float32)
-    codes: Floats = grouped / steps[..., None]
-    np.rint(codes, out=codes)
-    np.clip(codes, -half, half - 1, out=codes)
-    codes += half
-    return codes.astype(np.uint8), scales
+    grouped = weights.reshape(-1, block)
+    codes = np.empty(grouped.shape, np.uint8)
+    scales = np.empty(len(grouped), floats)
+    for start in range(0, len(grouped), _PIECE_WEIGHTS // block):
+        piece = slice(start, start + _PIECE_WEIGHTS // block)
+        scales[piece] = _scales(grouped[piece], half, floats)
+        codes[piece] = _codes(grouped[piece], scales[piece], half)
+    return codes.reshape(len(weights), -1, block), scales.reshape(len(weights), -1)
 
 
 def farthest(weights: Doubles, scales: NDArray[Any], bits: int) -> Doubles:
-    """How far a weight [rows, blocks, block] may be from its nearest code: half a step; a whole one beyond the
-    largest code, where only weights lie that are nearly as large as the extreme one and of the other sign."""
+    """How far a weight [rows, blocks, block] may be from its nearest code, under scales [rows, blocks].
+
+    Half a step; beyond the largest code, where nothing lies but weights nearly as large as the extreme one and of the
+    other sign, what they exceed it by: a step at most.
+    """
     steps = np.abs(scales.astype(np.float64))[..., None]
-    beyond = np.abs(weights) > steps * ((1 << (bits - 1)) - 0.5)
-    bound: Doubles = steps * np.where(beyond, 1.0, 0.5 + _DIVISION)
+    bound: Doubles = np.abs(weights)
+    bound -= steps * ((1 << (bits - 1)) - 1)
+    np.maximum(bound, steps * (0.5 + _DIVISION), out=bound)
     return bound
+
+
+def _codes(grouped: Floats, scales: NDArray[Any], half: int) -> Floats:
+    """Whole numbers from 0 to 2 * half - 1 [blocks, block]."""
+    steps = np.where(scales == 0, 1, scales).astype(np.float32)
+    codes: Floats = grouped / steps[:, None]
+    np.rint(codes, out=codes)
+    np.clip(codes, -half, half - 1, out=codes)
+    codes += half
+    return codes
 
 
 def _scales(grouped: Floats, half: int, floats: np.dtype[Any]) -> NDArray[Any]:
