@@ -48,8 +48,8 @@ class RopeConfig(msgspec.Struct):
     mscale_all_dim: _Positive | None = None
     partial_rotary_factor: float | None = None
     mrope_section: list[int] | None = None
-    full_attention: msgspec.Raw | None = None
-    sliding_attention: msgspec.Raw | None = None
+    full_attention: dict[str, object] | None = None
+    sliding_attention: dict[str, object] | None = None
 
 
 class Quantization(msgspec.Struct):
@@ -224,10 +224,9 @@ def _windows(config: Config, where: str) -> tuple[int, ...]:
     """Positions that each layer sees, itself included; 0: all."""
     window = _window(config)
     types = config.layer_types or _usual_layer_types(config, window)
-    if len(types) != config.num_hidden_layers:
-        raise SourceError(
-            f"{where} says num_hidden_layers {config.num_hidden_layers} and has {len(types)} layer_types."
-        )
+    layers = config.num_hidden_layers
+    if len(types) != layers:
+        raise SourceError(f"{where} has {len(types)} layer_types for num_hidden_layers {layers}; fetch it again.")
     if config.model_type in ("llama", "mistral") and types != _usual_layer_types(config, window):
         _refuse(where, "layer_types, which transformers does not heed in this architecture")
     return tuple(_window_of(kind, window, where) for kind in types)
