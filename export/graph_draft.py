@@ -71,11 +71,11 @@ class Draft:
         shape = shapes[0] if len(shapes) == 1 else (sum(size for (size,) in shapes),)
         return self.graph.weight(Vector(name, tensors, shape, dtype or self.floats))
 
-    def cast(self, name: str, x: str, source: np.dtype[Any], target: np.dtype[Any]) -> str:
-        """`x` in another type: no node if it is the same."""
+    def cast(self, name: str, x: str, source: np.dtype[Any], target: np.dtype[Any], output: str = "") -> str:
+        """`x` in another type, called `output`, by default as the node: no node if the types are the same."""
         if source == target:
             return x
-        return self.graph.node("Cast", name, [x], to=helper.np_dtype_to_tensor_dtype(target))
+        return self.graph.node("Cast", name, [x], [output or name], to=helper.np_dtype_to_tensor_dtype(target))
 
 
 def path_of(name: str) -> str:

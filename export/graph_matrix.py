@@ -65,17 +65,14 @@ def _multiply_floats(
     draft: Draft, matrix: Matrix, form: DenseFloat, x: str, path: str, biases: tuple[str, ...], output: str
 ) -> str:
     """Computed in the form's own type: a float32 matrix in a float16 graph (the router) has casts around it."""
-    graph, returns = draft.graph, draft.floats == form.floats
+    graph, casts = draft.graph, draft.floats != form.floats
+    biased, biased_output = (f"{path}/biased",) * 2 if casts else (path, output)
+    first, first_output = (f"{path}/unbiased",) * 2 if biases else (biased, biased_output)
     x = draft.cast(f"{path}/float32", x, draft.floats, form.floats)
-    last = output if returns else f"{path}/uncast"
-    first = f"{path}/unbiased" if biases else last
-    y = graph.node(
-        "FusedMatMul", first if biases else path, [x, f"{matrix.name}.weight"], [first], domain=MICROSOFT, transB=1
-    )
+    y = graph.node("FusedMatMul", first, [x, f"{matrix.name}.weight"], [first_output], domain=MICROSOFT, transB=1)
     if biases:
-        bias = draft.vector(f"{matrix.name}.bias", biases, form.floats)
-        y = graph.node("Add", path, [y, bias], [last])
-    return y if returns else draft.cast(output, y, form.floats, draft.floats)
+        y = graph.node("Add", biased, [y, draft.vector(f"{matrix.name}.bias", biases, form.floats)], [biased_output])
+    return draft.cast(path, y, form.floats, draft.floats, output)
 
 
 def _mat_mul_n_bits(

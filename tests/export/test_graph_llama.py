@@ -163,6 +163,19 @@ def test_what_is_served_stays_near_the_formulas_with_int8_activations(tmp_path: 
     assert 0 < (np.exp(expected) * (expected - ours)).sum(-1).mean() < 0.05
 
 
+@pytest.mark.parametrize("name", GGUFS)
+def test_a_gguf_for_cuda_computes_in_float16(tmp_path: Path, name: str) -> None:
+    """Run on the CPU: the same types, shapes and numbers, other kernels."""
+    model = GGUFS[name]()
+    checkpoint = GgufCheckpoint.open(model.write(tmp_path / "model.gguf"))
+    runner = Runner(export_in_memory(checkpoint, Recipe.CUDA_INT8, Dense.EXACT), checkpoint.spec, CAPACITY)
+    ids = prompt(model.spec.vocab)
+    found = runner.read(ids, ODD_CHUNKS)
+    assert found.dtype == runner.pool.dtype == np.float16
+    expected = formulas(model, ids)
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max(), rtol=0)
+
+
 @pytest.mark.parametrize("dense", Dense)
 @pytest.mark.parametrize("recipe", [Recipe.CPU_INT8, Recipe.CPU_INT4])
 def test_quantised_floats_compute_what_their_codes_stand_for(
