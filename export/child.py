@@ -41,8 +41,10 @@ def call(work: Callable[..., Result], *arguments: object) -> Result:
     except EOFError:
         process.join()
         raise _ended(work.__name__, process.exitcode) from None
-    finally:
+    except BaseException:
         process.kill()
+        raise
+    finally:
         process.join()
         receiver.close()
     if isinstance(outcome, Exception):

@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import TargetError
 from export.spec import TensorInfo
 from export.values import Doubles, Floats
 
@@ -41,7 +40,7 @@ class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a release's quality.json says.
+    """What came of reading a text; part of a release's quality.json (`export/quality_report.py`).
 
     reference: what `score.distance` is the distance from; where that is None, why there is none.
     """
@@ -77,7 +76,7 @@ def score(parts: Iterable[Part]) -> Score:
             expected = part.expected[row]
             their_chances = log_softmax(expected)
             expected_surprises.append(-float(their_chances[following]))
-            divergences.append(float(np.dot(np.exp(their_chances), their_chances - chances)))
+            divergences.append(float((np.exp(their_chances) * (their_chances - chances)).sum()))
             agreements.append(bool(logits.argmax() == expected.argmax()))
             differences.append(float(np.abs(logits - expected).max()))
     perplexity = exp(np.mean(surprises))
@@ -106,16 +105,3 @@ def why_no_reference(tensors: Mapping[str, TensorInfo]) -> str | None:
         f"in float32 the model takes {size_bytes / 1e9:.1f} GB; "
         f"a reference is made of models up to {REFERENCE_BYTES_MAX / 1e9:.0f} GB"
     )
-
-
-def encode_quality(quality: Quality) -> bytes:
-    """Stable, human-readable JSON."""
-    return msgspec.json.format(msgspec.json.encode(quality), indent=2) + b"\n"
-
-
-def decode_quality(data: bytes, where: str) -> Quality:
-    """Inverse of `encode_quality`; raises TargetError naming `where`."""
-    try:
-        return msgspec.json.decode(data, type=Quality)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise TargetError(f"{where} is not a quality report ({error}); export the model again.") from error

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from core.manifest import Golden, Manifest
+from core.manifest import Golden, KvShape, Manifest
 from export import child, hardware
 from export.errors import SourceError, TargetError
 from export.golden import IDS, LENGTHS, Retraced, continue_greedily, prompts, retrace
@@ -138,6 +138,12 @@ def text_ids(folder: Path, manifest: Manifest) -> list[int]:
     return ids[: min(TEXT_TOKENS, manifest.context_tokens) + 1]
 
 
+def trial_tokens(window_tokens: int, context_tokens: int) -> int:
+    """How long a prompt invariance is measured with: longer than the window, if the context is."""
+    units = min(window_tokens // _UNIT_TOKENS + 1, context_tokens // _UNIT_TOKENS)
+    return units * _UNIT_TOKENS
+
+
 class Unsupported(TargetError):
     """ONNX Runtime has no kernel for an operator of the graph on this machine."""
 
@@ -159,15 +165,16 @@ class GraphRun:
         caches = [value for value in self._session.get_inputs() if value.name.startswith("past_")]
         logits = next(value for value in self._session.get_outputs() if value.name == "logits")
         self._names = [cache.name.removeprefix("past_") for cache in caches]
-        self._dtype = np.float16 if caches[0].type == "tensor(float16)" else np.float32
-        _, self._kv_heads, _, self._head_dim = caches[0].shape
-        self._vocab: int = logits.shape[1]
+        _, kv_heads, _, head_dim = caches[0].shape
+        is_half = caches[0].type == "tensor(float16)"
+        self.kv = KvShape(len(caches) // 2, kv_heads, head_dim, "float16" if is_half else "float32")
+        self.vocab: int = logits.shape[1]
         self.begin(1, 0)
 
     def begin(self, slots: int, capacity: int) -> None:
         """Forget everything; room for `slots` sequences of `capacity` positions."""
-        shape = (len(self._names), slots, self._kv_heads, capacity, self._head_dim)
-        self.pool: NDArray[Any] = np.zeros(shape, self._dtype)
+        shape = (len(self._names), slots, self.kv.kv_heads, capacity, self.kv.head_dim)
+        self.pool: NDArray[Any] = np.zeros(shape, self.kv.dtype)
 
     def chunk(self, start: int, ids: Sequence[int] | Ids, wanted: Sequence[int] | Ids) -> Floats:
         """Read ids into the first slot from position `start` on; logits [len(wanted), vocab] of some of them."""
@@ -176,7 +183,8 @@ class GraphRun:
 
     def step(self, slot: int, ids: Ids, lengths: NDArray[np.int32], wanted: Ids) -> Floats:
         """Run ids [b, s] in adjacent slots; lengths [b] after the step; logits [len(wanted), vocab], float32."""
-        logits = np.empty((len(wanted), self._vocab), self._dtype)
+        floats = self.pool.dtype.type
+        logits = np.empty((len(wanted), self.vocab), floats)
         inputs = {
             "input_ids": np.ascontiguousarray(ids),
             "seqlens_k": lengths - np.int32(1),
@@ -186,10 +194,10 @@ class GraphRun:
         binding = self._session.io_binding()
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
-        binding.bind_output("logits", "cpu", 0, self._dtype, logits.shape, logits.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, floats, logits.shape, logits.ctypes.data)
         for name, cache in zip(self._names, self.pool, strict=True):
             view = cache[slot : slot + len(ids)]
-            place = ("cpu", 0, self._dtype, view.shape, view.ctypes.data)
+            place = ("cpu", 0, floats, view.shape, view.ctypes.data)
             binding.bind_input(f"past_{name}", *place)
             binding.bind_output(f"present_{name}", *place)
         with _explained(self._graph):
@@ -221,10 +229,21 @@ class _Sequence:
         return logits
 
 
+def _load(folder: Path, manifest: Manifest) -> GraphRun:
+    """A release's graph, which is of the sizes that a node will take from the manifest."""
+    run = GraphRun(folder / manifest.graph)
+    if (run.kv, run.vocab) != (manifest.kv, manifest.vocab_size):
+        raise TargetError(
+            f"{manifest.graph} has a cache of {run.kv} and {run.vocab} logits, the manifest says {manifest.kv} and "
+            f"{manifest.vocab_size}; export the model again."
+        )
+    return run
+
+
 def _measure(
     folder: Path, manifest: Manifest, window_tokens: int, text: list[int], expected: Path | None, reference: str
 ) -> Ran:
-    run, made_by = GraphRun(folder / manifest.graph), _made_by()
+    run, made_by = _load(folder, manifest), _made_by()
     invariance = _invariance(run, manifest, window_tokens)
     tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
     starts = prompts(
@@ -243,12 +262,12 @@ def _measure(
 
 
 def _retrace_all(folder: Path, manifest: Manifest) -> list[Retraced]:
-    sequence = _Sequence(GraphRun(folder / manifest.graph), manifest.context_tokens)
+    sequence = _Sequence(_load(folder, manifest), manifest.context_tokens)
     return [retrace(sequence, golden, manifest.tokenizer_size) for golden in manifest.golden]
 
 
 def _compare(folder: Path, manifest: Manifest, ids: list[int], expected: Path) -> Score:
-    return score(_parts(GraphRun(folder / manifest.graph), manifest, ids, expected))
+    return score(_parts(_load(folder, manifest), manifest, ids, expected))
 
 
 def _invariance(run: GraphRun, manifest: Manifest, window_tokens: int) -> Invariance:
@@ -257,8 +276,8 @@ def _invariance(run: GraphRun, manifest: Manifest, window_tokens: int) -> Invari
     One prompt, longer than the window if the context is, is read in chunks of several lengths: caches and logits must
     be equal. Then eight sequences of different lengths decode one token each, alone and as one batch: likewise.
     """
-    units = min(window_tokens // _UNIT_TOKENS + 1, manifest.context_tokens // _UNIT_TOKENS)
-    prompt = np.arange(units * _UNIT_TOKENS, dtype=np.int64) * 7919 % manifest.tokenizer_size
+    count = trial_tokens(window_tokens, manifest.context_tokens)
+    prompt = np.arange(count, dtype=np.int64) * 7919 % manifest.tokenizer_size
     run.begin(_SLOTS, len(prompt))
     logits, caches = _read(run, prompt, len(prompt)), run.pool[:, 0].copy()
     chunks = True
@@ -336,18 +355,21 @@ def _explained(graph: Path) -> Iterator[None]:
     try:
         yield
     except NoKernel as error:
-        raise Unsupported(f"ONNX Runtime {ort.__version__} has no kernel here for {_words(error)}") from error
+        raise Unsupported(
+            f"ONNX Runtime {ort.__version__} cannot run it on this processor: {_words(error)}."
+        ) from error
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         if "allocate memory" in str(error):
-            raise child.OutOfMemory(f"Memory ran out while {graph.name} was running: {_words(error)}") from error
-        raise TargetError(f"ONNX Runtime {ort.__version__} cannot run {graph}: {_words(error)}") from error
+            raise child.OutOfMemory(f"Memory ran out while {graph.name} was running: {_words(error)}.") from error
+        raise TargetError(f"ONNX Runtime {ort.__version__} cannot run {graph}: {_words(error)}.") from error
 
 
 def _words(error: Exception) -> str:
-    """What ONNX Runtime says, on one line."""
-    return " ".join(str(error).split())
+    """The first sentence of what ONNX Runtime says, without its prefix "[ONNXRuntimeError] : 9 : NAME : "."""
+    words = " ".join(str(error).split()).removeprefix("[ONNXRuntimeError] : ")
+    return words.split(" : ", 2)[-1].partition(". ")[0].rstrip(".")
 
 
 def _made_by() -> str:

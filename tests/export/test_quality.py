@@ -5,18 +5,7 @@ from math import exp, log
 import numpy as np
 import pytest
 
-from export.errors import TargetError
-from export.quality import (
-    REFERENCE_BYTES_MAX,
-    Part,
-    Quality,
-    Score,
-    decode_quality,
-    encode_quality,
-    log_softmax,
-    score,
-    why_no_reference,
-)
+from export.quality import REFERENCE_BYTES_MAX, Part, log_softmax, score, why_no_reference
 from export.spec import Kind, TensorInfo
 from export.values import Floats
 
@@ -68,16 +57,6 @@ def test_how_a_text_is_cut_does_not_matter() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     assert np.array_equal(log_softmax(np.array([[5000.0, 5000.0]])), np.log([[0.5, 0.5]]))
-
-
-def test_a_report_reads_back() -> None:
-    quality = Quality(text="a text", score=Score(3, 1.5, None), reference="too large", made_by="here")
-    assert decode_quality(encode_quality(quality), "quality.json") == quality
-
-
-def test_a_damaged_report_is_one_sentence() -> None:
-    with pytest.raises(TargetError, match=r"^quality\.json is not a quality report .*; export the model again\.$"):
-        decode_quality(b'{"text": 1}', "quality.json")
 
 
 def test_a_model_too_large_in_float32_has_no_reference_and_it_is_said_why() -> None:
