@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from enum import StrEnum
 
 import msgspec
@@ -17,11 +16,15 @@ class Verdict(StrEnum):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One thing that was looked at, and a clause about what was seen."""
+    """One thing that was looked at, and what was seen."""
 
     verdict: Verdict
     subject: str
     detail: str
+
+    def line(self) -> str:
+        """For people."""
+        return f"{self.verdict:<7}  {self.subject}: {self.detail}"
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -34,20 +37,19 @@ class Report(msgspec.Struct, frozen=True):
     @property
     def ok(self) -> bool:
         """Whether nothing is broken."""
-        return not self.having(Verdict.BROKEN)
+        return all(check.verdict is not Verdict.BROKEN for check in self.checks)
 
-    def having(self, verdict: Verdict) -> list[Check]:
-        """The checks that ended so."""
-        return [check for check in self.checks if check.verdict is verdict]
+    def lines(self) -> list[str]:
+        """For people: every check, and what they come to."""
+        return [*(check.line() for check in self.checks), self.summary()]
 
-    def lines(self) -> Iterator[str]:
-        """For people: a line a check, and what it comes to."""
-        width = max((len(check.subject) for check in self.checks), default=0)
-        for check in self.checks:
-            yield f"{check.verdict:<7}  {check.subject:<{width}}  {check.detail}"
-        counts = ", ".join(f"{len(self.having(verdict))} {verdict}" for verdict in Verdict)
-        yield f"{self.release} ({self.variant}): {counts}."
+    def summary(self) -> str:
+        """One line for people."""
+        counts = {verdict: sum(check.verdict is verdict for check in self.checks) for verdict in Verdict}
+        found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        return f"{self.release} ({self.variant}): {found}."
 
     def to_json(self) -> bytes:
-        """For programs: the same, and `ok`."""
-        return msgspec.json.format(msgspec.json.encode({"ok": self.ok} | msgspec.structs.asdict(self)), indent=2)
+        """For programs: everything, and `ok`."""
+        data = msgspec.json.encode({"ok": self.ok} | msgspec.structs.asdict(self))
+        return msgspec.json.format(data, indent=2) + b"\n"

@@ -1,187 +1,132 @@
-"""Checks on a release that has just been written, from its files alone.
+"""Checks of a release that lies on a disk, from its files alone, and against the checkpoint that it was made from.
 
-`check_weights` reads every initialiser back through the graph's own offsets and compares it with the source;
-`measure_invariance` runs the graph. The only module of `export` that knows onnxruntime.
+    files       the manifest can be read, every chunk has its digest, nothing else lies there
+    golden      the release continues the manifest's prompts as the manifest says
+    source      the reference is the very checkpoint; its graph is this one; every weight is in the bound of its form
+    logits      against transformers, where it is installed and the model is small
+
+Does not know how a graph is run or how weights are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx
-import onnxruntime
-from numpy.typing import NDArray
-from onnx import external_data_helper, helper
-
-from export import claims, layouts
-from export.errors import SourceError
-from export.gguf import GgufFile, read_matrix
-from export.llama_spec import LlamaSpec
-from export.onnx_graph import Matrix, Table, Vector, View, Weight
-from export.quantize import Floats
-from export.recipes import Recipe
-
-_SLOTS = 8
-_PROMPT_TOKENS = 48
-_CHUNKS_TOKENS = (2, 3, 8, 16, 48)  # each divides the prompt: no chunk of one token is ever read
+from core.errors import ReleaseError
+from core.manifest import MANIFEST_NAME, Manifest, ReleaseFile, decode_manifest
+from export.checkpoint import Checkpoint
+from export.errors import TargetError
+from export.report import Check, Report, Verdict
+from export.source import open_checkpoint
+from export.verify_logits import check_logits
+from export.verify_source import check_source
+from export.writer import count_intact
 
 
-@dataclass(frozen=True)
-class WrittenRelease:
-    """The initialisers of a graph on disk, each mapped on demand."""
+def verify(folder: Path, reference: str | None = None, seen: Callable[[Check], None] = lambda check: None) -> Report:
+    """Check the release in `folder`; `seen` hears of each check when it is made.
 
-    folder: Path
-    graph: Path
-    initializers: Mapping[str, onnx.TensorProto]
-
-    @classmethod
-    def open(cls, folder: Path, graph: str) -> WrittenRelease:
-        """Read the graph, not the weights."""
-        model = onnx.load(folder / graph, load_external_data=False)
-        return cls(folder, folder / graph, {tensor.name: tensor for tensor in model.graph.initializer})
-
-    def array(self, name: str) -> NDArray[Any]:
-        """One initialiser's values, mapped from the data file."""
-        tensor = self.initializers[name]
-        place = external_data_helper.ExternalDataInfo(tensor)
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        return np.memmap(self.folder / place.location, dtype, "r", place.offset, tuple(tensor.dims))
-
-
-def check_weights(
-    written: WrittenRelease,
-    weights: Sequence[Weight],
-    recipe: Recipe,
-    source: GgufFile,
-) -> None:
-    """Compare every weight with its source; raises SourceError naming the first that broke the recipe's claim."""
-    for weight in weights:
-        match weight:
-            case Matrix(name=name, block_format=block_format):
-                layout = layouts.layout_type(block_format, recipe)
-                stored = {part: written.array(f"{name}.{part}") for part in layouts.array_names(layout)}
-                claims.check(name, read_matrix(weight, source), layout(bits=block_format.bits, **stored))
-            case View(name=name, of=of):
-                _check_equal(name, written.array(name).reshape(-1), written.array(of).reshape(-1))
-            case Vector(name=name, tensor=tensor):
-                _check_equal(name, written.array(name), source.floats(tensor))
-            case Table(name=name, values=values):
-                _check_equal(name, written.array(name), values)
-
-
-def _check_equal(name: str, written: NDArray[Any], source: NDArray[Any]) -> None:
-    if not np.array_equal(written, source):
-        raise SourceError(f"The weight {name!r} was not written as it stands in the source; the disk may be failing.")
-
-
-@dataclass(frozen=True)
-class Invariance:
-    """Whether the way positions are grouped leaves no trace, bit for bit, on this machine's processor.
-
-    chunks: a prompt's caches and logits are the same for all chunk lengths of two tokens or more.
-    batches: a decoded token's are the same alone and among others.
+    reference: the checkpoint, as `open_checkpoint` takes it. Raises SourceError if that cannot be read, and TargetError
+    if there is no release in `folder`; whatever is wrong with the release itself stands in the report.
     """
-
-    chunks: bool
-    batches: bool
-
-
-def measure_invariance(written: WrittenRelease, spec: LlamaSpec) -> Invariance:
-    """Run the graph on what must come out equal.
-
-    One prompt is read in chunks of several lengths: caches and logits must be equal. Then eight sequences of different
-    lengths decode one token each, alone and as one batch: logits and caches must be equal.
-    """
-    if spec.context_tokens < _PROMPT_TOKENS:
-        raise SourceError(
-            f"The model has a context of {spec.context_tokens} tokens; a release needs at least {_PROMPT_TOKENS}."
-        )
-    # onnxruntime leaves a thread that ran it rounding denormals to zero: that must not follow our caller home.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(_measure, written, spec).result()
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise TargetError(f"There is no {MANIFEST_NAME} in {folder}; name the folder of a release.")
+    checkpoint = None if reference is None else open_checkpoint(reference)
+    try:
+        manifest = decode_manifest(path.read_bytes(), str(path))
+    except ReleaseError as error:
+        check = Check(Verdict.BROKEN, MANIFEST_NAME, error.message)
+        seen(check)
+        return Report(folder.name, "unknown", [check])
+    checks = []
+    for check in _checks(folder, manifest, checkpoint):
+        seen(check)
+        checks.append(check)
+    return Report(manifest.release, manifest.variant, checks)
 
 
-def _measure(written: WrittenRelease, spec: LlamaSpec) -> Invariance:
-    runner = _Runner(written.graph, spec)
-    prompt = np.arange(_PROMPT_TOKENS, dtype=np.int64) * 7919 % spec.vocab
-    logits, caches = [], []
-    for chunk in _CHUNKS_TOKENS:
-        runner.clear()
-        logits.append(runner.read(prompt, chunk))
-        caches.append(runner.snapshot())
-    chunks = all(_same_bits(values[0], other) for values in (logits, caches) for other in values[1:])
-    del caches
-    runner.copy_first_slot()
-    lengths = np.arange(1, _SLOTS + 1, dtype=np.int32) * (_PROMPT_TOKENS // _SLOTS)
-    tokens = prompt[lengths - 1]
-    alone = [runner.step(slot, tokens[slot : slot + 1, None], lengths[slot : slot + 1]) for slot in range(_SLOTS)]
-    cache = runner.snapshot()
-    together = runner.step(0, tokens[:, None], lengths)
-    batches = _same_bits(np.concatenate(alone), together) and _same_bits(cache, runner.snapshot())
-    return Invariance(chunks, batches)
+def _checks(folder: Path, manifest: Manifest, checkpoint: Checkpoint | None) -> Iterator[Check]:
+    files = list(check_files(folder, manifest))
+    yield from files
+    yield from _or_broken("source", check_source(folder, manifest, checkpoint))
+    runs = _why_not_run(files)
+    if runs is not None:
+        yield Check(Verdict.SKIPPED, "golden prompts", runs)
+        yield Check(Verdict.SKIPPED, "logits", runs)
+        return
+    yield from _or_broken("golden prompts", check_golden(folder, manifest))
+    yield from _or_broken("logits", check_logits(folder, manifest, checkpoint))
 
 
-def _same_bits(first: Floats, second: Floats) -> bool:
-    return first.shape == second.shape and first.tobytes() == second.tobytes()
+def _why_not_run(files: list[Check]) -> str | None:
+    if any(check.verdict is Verdict.BROKEN for check in files):
+        return "a release with broken files is not run."
+    if find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed; pip install 'edgechat[edge-cpu]'."
+    return None
 
 
-@dataclass
-class _Runner:
-    """The graph with a cache of `_SLOTS` sequences bound in place."""
+def _or_broken(subject: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """The checks, and another that is broken where they could not go on."""
+    try:
+        yield from checks
+    except TargetError as error:
+        yield Check(Verdict.BROKEN, subject, error.message)
 
-    graph: Path
-    spec: LlamaSpec
-    session: onnxruntime.InferenceSession = field(init=False)
-    pool: Floats = field(init=False)
 
-    def __post_init__(self) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_mem_pattern = False
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        # On shared cores a spinning thread takes the time of the one it waits for.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
-        spec = self.spec
-        self.pool = np.zeros((2 * spec.layers, _SLOTS, spec.kv_heads, _PROMPT_TOKENS, spec.head_dim), np.float32)
+def check_files(folder: Path, manifest: Manifest) -> Iterator[Check]:
+    """Every listed file by its chunks, and whether there are others."""
+    for file in manifest.files:
+        fault = _fault(folder / file.path, file)
+        size = f"{file.size_bytes / 1e6:.1f} MB, {len(file.chunks)} chunks with their digests."
+        yield Check(Verdict.BROKEN, file.path, fault) if fault else Check(Verdict.OK, file.path, size)
+    listed = {MANIFEST_NAME, *(file.path for file in manifest.files)}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if stray := sorted(found - listed):
+        others = f"{stray[0]!r} and {len(stray) - 1} others" if len(stray) > 1 else repr(stray[0])
+        yield Check(Verdict.BROKEN, "other files", f"{others} in the folder, which the manifest does not list.")
+    else:
+        yield Check(Verdict.OK, "other files", "none.")
 
-    def clear(self) -> None:
-        self.pool[:] = 0
 
-    def snapshot(self) -> Floats:
-        return self.pool.copy()
+def _fault(path: Path, listed: ReleaseFile) -> str | None:
+    """What is wrong with a file, if anything is."""
+    if not path.is_file():
+        return "is missing; export or copy the release again."
+    size_bytes = path.stat().st_size
+    if size_bytes != listed.size_bytes:
+        return f"has {size_bytes} bytes, {listed.size_bytes} are listed; export or copy the release again."
+    intact = count_intact(path, listed.chunks)
+    if intact == len(listed.chunks):
+        return None
+    start = sum(chunk.size_bytes for chunk in listed.chunks[:intact])
+    end = start + listed.chunks[intact].size_bytes
+    return f"bytes {start} to {end} are not those that are listed; export or copy the release again."
 
-    def copy_first_slot(self) -> None:
-        self.pool[:, 1:] = self.pool[:, :1]
 
-    def read(self, prompt: NDArray[np.int64], chunk_tokens: int) -> Floats:
-        """Prefill slot 0; returns the logits of the last two positions."""
-        for start in range(0, len(prompt), chunk_tokens):
-            ids = prompt[None, start : start + chunk_tokens]
-            end = np.array([start + chunk_tokens], np.int32)
-            logits = self.step(0, ids, end, wanted=np.arange(chunk_tokens - 2, chunk_tokens))
-        return logits
+def check_golden(folder: Path, manifest: Manifest) -> Iterator[Check]:
+    """Whether this machine continues the prompts as the one that exported; raises TargetError for a wrong graph."""
+    # Imported here: whoever has no runtime can check all but this.
+    from export.golden import EPSILON
+    from export.run import CannotRun, retrace_all
 
-    def step(
-        self, slot: int, ids: NDArray[np.int64], lengths: NDArray[np.int32], wanted: NDArray[np.int64] | None = None
-    ) -> Floats:
-        """Run adjacent slots from `slot` on; lengths [b] after this step; returns logits of `wanted`, default all."""
-        binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-        binding.bind_cpu_input("seqlens_k", lengths - 1)
-        binding.bind_cpu_input("total_length", np.array(lengths.max(), np.int32))
-        binding.bind_cpu_input("logits_indices", np.arange(ids.size) if wanted is None else wanted)
-        for index, cache in enumerate(self.pool):
-            kind, view = ("key", "value")[index % 2], cache[slot : slot + len(ids)]
-            place = ("cpu", 0, np.float32, view.shape, view.ctypes.data)
-            binding.bind_input(f"past_{kind}.{index // 2}", *place)
-            binding.bind_output(f"present_{kind}.{index // 2}", *place)
-        binding.bind_output("logits", "cpu")
-        self.session.run_with_iobinding(binding)
-        # Only the logits are fetched: they are the last output bound.
-        return np.array(binding.get_outputs()[-1].numpy())
+    if not manifest.golden:
+        yield Check(Verdict.SKIPPED, "golden prompts", "the manifest has none: the exporting machine did not run it.")
+        return
+    found = retrace_all(folder, manifest)
+    if isinstance(found, CannotRun):
+        yield Check(Verdict.SKIPPED, "golden prompts", found.reason)
+        return
+    for number, (golden, again) in enumerate(zip(manifest.golden, found, strict=True), 1):
+        subject = f"golden prompt {number}"
+        if again.is_reproduced:
+            yield Check(Verdict.OK, subject, f"{len(golden.ids)} ids reproduced.")
+            continue
+        differs = f"id {again.first_difference} is not the best here, and one misses the best by {again.gap:.3g} logits"
+        if again.is_explained:
+            yield Check(Verdict.OK, subject, f"{differs}: less than {EPSILON:g}, as on another processor.")
+        else:
+            yield Check(Verdict.BROKEN, subject, f"{differs}; another graph, or another machine's fault, made them.")

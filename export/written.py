@@ -1,6 +1,6 @@
 """A graph file's initialisers as they lie on the disk, read a range at a time through the graph's own offsets.
 
-Does not know what the numbers stand for.
+Does not know where they ought to lie, or which source they were made from.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from export.errors import TargetError
-from export.forms import Stored
+from export.forms import Form, Stored
+from export.places import Place
 
 
 class WrittenGraph:
@@ -49,17 +52,27 @@ class WrittenGraph:
     ) -> None:
         self._files.close()
 
-    def read(self, name: str, stored: Stored, start: int, stop: int) -> NDArray[Any]:
-        """Entries start to stop, along the first axis, of an initialiser that is declared as `stored`.
+    def read(self, name: str, stored: Stored, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        """An array out of an initialiser that is declared as `stored`: its elements from `first` on.
 
         Raises TargetError if it is declared otherwise in the graph, or if its bytes are not all there.
         """
-        offset = self._offset(name, stored)
-        entry_bytes = prod(stored.shape[1:]) * stored.dtype.itemsize
-        data = self._pread(name, offset + start * entry_bytes, (stop - start) * entry_bytes)
-        return np.frombuffer(data, stored.dtype).reshape(stop - start, *stored.shape[1:])
+        offset = self._offset(name, stored) + first * stored.dtype.itemsize
+        data = self._pread(name, offset, prod(shape) * stored.dtype.itemsize)
+        return np.frombuffer(data, stored.dtype).reshape(shape)
 
-    def place(self, name: str) -> tuple[str, int, int]:
+    def _offset(self, name: str, stored: Stored) -> int:
+        _, offset, size_bytes = self._place(name)
+        tensor = self.external[name]
+        found, declared = (tuple(tensor.dims), tensor.data_type, size_bytes), (stored.shape, stored.tensor_type)
+        if found != (*declared, stored.size_bytes):
+            raise TargetError(
+                f"The initialiser {name!r} is {found[:2]} in {size_bytes} bytes, {declared} in {stored.size_bytes} "
+                "was expected; export the model again."
+            )
+        return offset
+
+    def _place(self, name: str) -> tuple[str, int, int]:
         """(file, offset, bytes) of an external initialiser; raises TargetError if there is none of that name."""
         tensor = self.external.get(name)
         if tensor is None:
@@ -72,19 +85,8 @@ class WrittenGraph:
                 f"The graph does not say where {name!r} lies ({error}); export the model again."
             ) from error
 
-    def _offset(self, name: str, stored: Stored) -> int:
-        _, offset, size_bytes = self.place(name)
-        tensor = self.external[name]
-        found, declared = (tuple(tensor.dims), tensor.data_type, size_bytes), (stored.shape, stored.tensor_type)
-        if found != (*declared, stored.size_bytes):
-            raise TargetError(
-                f"The initialiser {name!r} is {found[:2]} in {size_bytes} bytes, {declared} in {stored.size_bytes} "
-                "was expected; export the model again."
-            )
-        return offset
-
     def _pread(self, name: str, offset: int, size_bytes: int) -> bytearray:
-        location, _, _ = self.place(name)
+        location, _, _ = self._place(name)
         data = bytearray(size_bytes)
         view, done = memoryview(data), 0
         while done < size_bytes:
@@ -103,3 +105,46 @@ class WrittenGraph:
             self._descriptors[location] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._files.callback(os.close, self._descriptors[location])
         return self._descriptors[location]
+
+
+@dataclass(frozen=True)
+class WrittenMatrix:
+    """The arrays of a matrix of `rows` rows, by the form's names; `index`: of one out of several that are stacked.
+
+    Arrays whose rows do not lie one after the other are held in memory from first use on.
+    """
+
+    graph: WrittenGraph
+    form: Form
+    places: Mapping[str, Place]
+    rows: int
+    index: int | None
+
+    def read(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
+        """What the form made of rows start to stop; raises TargetError as WrittenGraph.read."""
+        return {name: self._slice(name, place.stored, start, stop) for name, place in self.places.items()}
+
+    def _slice(self, name: str, stored: Stored, start: int, stop: int) -> NDArray[Any]:
+        axis, shape = self.form.rows_axis(name), self._shape(stored)
+        low, high = (edge * shape[axis] // self.rows for edge in (start, stop))
+        if axis == 0:
+            return self._read(name, low * prod(shape[1:]), (high - low, *shape[1:]))
+        return self._held[name][(slice(None),) * axis + (slice(low, high),)]
+
+    @cached_property
+    def _held(self) -> dict[str, NDArray[Any]]:
+        return {
+            name: self._read(name, 0, self._shape(place.stored))
+            for name, place in self.places.items()
+            if self.form.rows_axis(name) != 0
+        }
+
+    def _read(self, name: str, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Elements of this matrix's array, from its `first` on."""
+        place = self.places[name]
+        base = (self.index or 0) * prod(self._shape(place.stored))
+        return self.graph.read(place.name, place.stored, base + first, shape)
+
+    def _shape(self, stored: Stored) -> tuple[int, ...]:
+        """Of this matrix's array."""
+        return stored.shape if self.index is None else stored.shape[1:]
