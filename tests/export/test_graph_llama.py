@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from export.errors import SourceError
 from export.gguf_source import GgufCheckpoint
-from export.recipes import Dense, Recipe
+from export.graphs import build_graph
+from export.recipes import Dense, Plan, Recipe
 from export.safetensors_source import SafetensorsCheckpoint
-from export.spec import Kind
+from export.spec import DecoderSpec, Kind
 from tests.export.graph_runner import (
     Runner,
     decoded_weights,
@@ -122,6 +125,12 @@ def test_logits_are_made_for_the_wanted_positions_only(folder_of: Callable[[str]
     every = runner.step(0, ids, [TOKENS])
     assert runner.step(0, ids, [TOKENS], wanted=[]).shape == (0, runner.spec.vocab)
     np.testing.assert_allclose(runner.step(0, ids, [TOKENS], wanted=[60, 3]), every[[60, 3]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("spec", [replace(TinyLlama().spec, head_dim=24), replace(TinyLlama().spec, heads=5)])
+def test_heads_that_no_attention_operator_takes_are_refused_before_any_work(spec: DecoderSpec) -> None:
+    with pytest.raises(SourceError, match=r"attention needs heads of a multiple of 16"):
+        build_graph(spec, {}, Plan(Recipe.FP32))
 
 
 GGUFS: Mapping[str, Callable[[], TinyLlama]] = {
