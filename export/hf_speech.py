@@ -123,10 +123,7 @@ def _tokenizer_json(files: SpeechFiles) -> bytes:
 def _vocabulary(data: bytes, folder: str, spec: DecoderSpec) -> _Vocabulary:
     where = f"{folder}/tokenizer.json"
     added = decode_json(data, _TokenizerFile, where).added_tokens
-    try:
-        ids: dict[str, int] = Tokenizer.from_buffer(data).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises nothing narrower
-        raise SourceError(f"{where} is not a tokenizer ({error}); fetch it again.") from error
+    ids = _loaded_ids(data, where)
     if not ids:
         raise SourceError(f"{where} has no tokens; fetch it again.")
     for token in added:
@@ -144,6 +141,17 @@ def _vocabulary(data: bytes, folder: str, spec: DecoderSpec) -> _Vocabulary:
             "the files are not of one model, fetch them again."
         )
     return _Vocabulary(ids, frozenset(token.content for token in added if token.special), folder)
+
+
+def _loaded_ids(data: bytes, where: str) -> dict[str, int]:
+    """Ids by text, as the library understands the file."""
+    try:
+        ids: dict[str, int] = Tokenizer.from_buffer(data).get_vocab(with_added_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics, which is not even one
+        raise SourceError(f"{where} is not a tokenizer ({error}); fetch it again.") from error
+    return ids
 
 
 def _stop_ids(

@@ -26,7 +26,7 @@ def open_checkpoint(argument: str) -> Checkpoint:
         return _open_folder(path)
     if is_there:
         return _open_file(path)
-    if hub_id := _HUB_ID.fullmatch(argument):
+    if path.suffix != ".gguf" and (hub_id := _HUB_ID.fullmatch(argument)):
         # Imported here: whoever exports from a disk need not wait for the library.
         from export.hub import download
 
@@ -45,8 +45,10 @@ def _open_file(path: Path) -> Checkpoint:
 
 def _open_folder(path: Path) -> Checkpoint:
     ggufs = sorted(path.glob("*.gguf"))
-    if (path / SINGLE).exists() or (path / INDEX).exists() or not ggufs:
+    if any((path / name).exists() for name in (SINGLE, INDEX)) or ((path / "config.json").exists() and not ggufs):
         return SafetensorsCheckpoint.open(path)
+    if not ggufs:
+        raise SourceError(f"{path} has neither config.json nor a .gguf file; name the folder of a checkpoint.")
     if len(ggufs) > 1:
         raise SourceError(f"{path} has {len(ggufs)} GGUF files, such as {ggufs[0].name}; name the one that is meant.")
     return GgufCheckpoint.open(ggufs[0])
