@@ -133,10 +133,8 @@ class ExpertFp4:
         return True
 
     def stored(self, rows: int, columns: int) -> dict[str, Stored]:
-        if rows % 2:
-            raise ValueError(f"its {rows} rows cannot be packed in pairs")
         return {
-            "codes": Stored.of((columns, rows // 2), _UINT8),
+            "codes": Stored.of((columns, _count_pairs(rows)), _UINT8),
             "scales": Stored((rows, count_blocks(columns, MXFP4_BLOCK)), _UINT8, FLOAT8E8M0),
         }
 
@@ -145,6 +143,7 @@ class ExpertFp4:
 
     def encode(self, values: Values) -> dict[str, NDArray[Any]]:
         source = _expect_mxfp4(values)
+        _count_pairs(len(source))
         return {"codes": mxfp4.transpose(source.packed.reshape(len(source), -1)), "scales": source.exponents}
 
     def decode(self, arrays: Arrays) -> Doubles:
@@ -186,6 +185,12 @@ class ExpertMxfp4:
 
     def bound(self, values: Values, arrays: Arrays) -> Doubles:
         return _NOTHING
+
+
+def _count_pairs(rows: int) -> int:
+    if rows % 2:
+        raise ValueError(f"{rows} rows cannot be packed in pairs")
+    return rows // 2
 
 
 def _expect_mxfp4(values: Values) -> Mxfp4:

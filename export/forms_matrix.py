@@ -200,7 +200,7 @@ class ZeroPointed:
         return arrays | {"zero_points": _narrow(-filled.minimums / steps, self.floats, False, "zero points")}
 
     def decode(self, arrays: Arrays) -> Doubles:
-        """As the kernel unpacks them: rounded after every operation."""
+        """Rounded after every operation, as in a kernel; which has an order of its own, within the same bound."""
         codes = unpack_codes(arrays["codes"], self.bits).astype(self.floats)
         weights = (codes - arrays["zero_points"][..., None]) * arrays["scales"][..., None]
         return weights.reshape(len(codes), -1).astype(np.float64)
