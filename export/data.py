@@ -1,7 +1,8 @@
 """The data file of a release: all weights of a graph, from the beginning or from where a killed export ended.
 
-Three threads: the caller's reads, encodes and measures; the file's hashes and writes (`export/writer.py`); the source
-digest's hashes what was read (`export/source_digest.py`). Does not know manifests or who runs the graph.
+Threads: helpers read, encode and measure slices (`export/weights.py`); one hashes and writes (`export/writer.py`); one
+hashes the source (`export/source_digest.py`). None runs far ahead of another, so memory does not grow with the model.
+Does not know manifests or who runs the graph.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -31,6 +34,9 @@ from export.writer import PAGE_BYTES, DataFile, Staging, count_intact
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+
+MOST_HELPERS = 8
+"""Each holds a slice and the arrays that it is compared in."""
 
 Written: TypeAlias = Matrix | Vector | Table
 """Weights that have bytes of their own."""
@@ -120,13 +126,12 @@ def find_kept(drawing: Drawing, staging: Staging, tell: Callable[[str], None]) -
     """What a killed export left that this one would write just so; every byte of it is hashed again."""
     entries = read_journal(staging.journal, drawing.key())
     path = staging.release / DATA_FILE
-    if entries is None or not path.is_file():
-        had_one = staging.journal.exists()
-        why = "was made of something else, or in another way" if had_one else "is not there"
-        tell(f"the unfinished export that --resume would continue {why}; beginning anew")
+    if entries is None:
+        begun = "was begun from another checkpoint, or another way" if staging.journal.exists() else None
+        tell(f"the unfinished export {begun}; beginning anew" if begun else "there is no unfinished export to continue")
         return Kept()
     entries = _as_drawn(entries, drawing)
-    intact = count_intact(path, Kept(entries).chunks)
+    intact = count_intact(path, Kept(entries).chunks) if path.is_file() else 0
     while intact < len(Kept(entries).chunks):
         entries.pop()
     kept = Kept(entries)
@@ -145,8 +150,9 @@ def write_data(drawing: Drawing, staging: Staging, kept: Kept) -> Data:
         SourceDigest(checkpoint, kept.sources) as digest,
         Journal(staging.journal, drawing.key(), kept.entries, time.monotonic) as journal,
         DataFile(staging.release / DATA_FILE, kept.chunks) as file,
+        _helpers() as helpers,
     ):
-        writer = WeightWriter(checkpoint, file, progress.show)
+        writer = WeightWriter(checkpoint, file, helpers, progress.show)
         for weight in drawing.weights[len(kept.entries) :]:
             digest.begin(weight.tensors)
             places = drawing.layout.places[weight.name]
@@ -165,13 +171,23 @@ def write_data(drawing: Drawing, staging: Staging, kept: Kept) -> Data:
 
 def write_reference(drawing: Drawing, folder: Path) -> Path:
     """Write a graph and its weights that are not for publishing; returns the graph's path."""
-    with DataFile(folder / DATA_FILE) as file:
-        writer = WeightWriter(drawing.checkpoint, file, lambda name, done_bytes: None)
+    with DataFile(folder / DATA_FILE) as file, _helpers() as helpers:
+        writer = WeightWriter(drawing.checkpoint, file, helpers, lambda name, done_bytes: None)
         for weight in drawing.weights:
             writer.write(weight, drawing.layout.places[weight.name])
     path = folder / GRAPH_FILE
     path.write_bytes(drawing.graph_file({}))
     return path
+
+
+@contextmanager
+def _helpers() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each core that this process may use, up to MOST_HELPERS."""
+    helpers = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_HELPERS), thread_name_prefix="encode")
+    try:
+        yield helpers
+    finally:
+        helpers.shutdown(cancel_futures=True)
 
 
 def _as_drawn(entries: Sequence[Entry], drawing: Drawing) -> list[Entry]:

@@ -6,9 +6,11 @@ large one, is written as it comes; the others wait until it is complete. Does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,9 @@ SLICE_WEIGHTS = 1 << 20
 """Weights in a slice: a few MB of each of the arrays and of the float64 copies that they are compared in."""
 
 
+SLICES_AHEAD = 8
+
+
 @dataclass(frozen=True)
 class Slice:
     """Rows of a source tensor."""
@@ -36,15 +41,20 @@ class Slice:
     stop: int
 
 
+Encoded: TypeAlias = tuple[Slice, dict[str, NDArray[Any]], Fidelity]
+
+
 @dataclass(frozen=True)
 class WeightWriter:
     """Writes one weight after the other, in the order of their places.
 
-    progress: told the weight that is being written, and how many bytes of the file there are.
+    helpers: threads that read, encode and measure slices. progress: told the weight that is being written, and how
+    many bytes of the file there are.
     """
 
     checkpoint: Checkpoint
     file: DataFile
+    helpers: Executor
     progress: Callable[[str, int], None]
 
     def write(self, weight: Matrix | Vector | Table, places: Sequence[Place]) -> dict[str, Fidelity]:
@@ -69,9 +79,10 @@ class WeightWriter:
         waiting: dict[str, list[NDArray[Any]]] = {name: [] for name in others}
         for rows in _groups(weight, self.checkpoint.tensors):
             parts: dict[str, list[NDArray[Any]]] = {name: [] for name in (first, *others)}
-            for piece in rows:
+            for piece, arrays, found in self._encoded(rows, form):
                 self.progress(weight.name, self.file.size_bytes)
-                for name, array in self._encode(piece, form, fidelity).items():
+                fidelity[piece.tensor] = fidelity[piece.tensor] + found if piece.tensor in fidelity else found
+                for name, array in arrays.items():
                     if name == first and streams:
                         self.file.append(array)
                     else:
@@ -92,7 +103,17 @@ class WeightWriter:
         tensor = self.checkpoint.tensors[weight.tensors[0]]
         return list(form.stored(tensor.rows, tensor.columns))
 
-    def _encode(self, piece: Slice, form: Form, fidelity: dict[str, Fidelity]) -> dict[str, NDArray[Any]]:
+    def _encoded(self, pieces: Iterable[Slice], form: Form) -> Iterator[Encoded]:
+        """Slices in order, encoded by all helpers at once."""
+        ahead: deque[Future[Encoded]] = deque()
+        for piece in pieces:
+            ahead.append(self.helpers.submit(self._encode, piece, form))
+            if len(ahead) > SLICES_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _encode(self, piece: Slice, form: Form) -> Encoded:
         values = self.checkpoint.read(piece.tensor, piece.start, piece.stop)
         try:
             arrays = form.encode(values)
@@ -106,9 +127,7 @@ class WeightWriter:
                 f"{found.broken} weights of {self._where(piece)} would not keep what {form.label} promises; "
                 "choose another --recipe, and please report the model."
             )
-        known = fidelity.get(piece.tensor)
-        fidelity[piece.tensor] = found if known is None else known + found
-        return arrays
+        return piece, arrays, found
 
     def _where(self, piece: Slice) -> str:
         """The tensor, and the file that holds it."""
