@@ -217,8 +217,7 @@ def _to_float32(data: Bytes, kind: Kind) -> Floats:
         case Kind.F16:
             return data.view(np.float16).astype(np.float32)
         case _:
-            wide = data.view(np.uint16).astype(np.uint32)
-            wide <<= np.uint32(16)
+            wide: NDArray[np.uint32] = np.left_shift(data.view(np.uint16), np.uint32(16), dtype=np.uint32)
             return wide.view(np.float32)
 
 

@@ -29,9 +29,15 @@ WEIGHTS = "model.safetensors"
 
 @dataclass
 class Hub:
-    """What the server holds and does; `requests` are those for files: (method, name, Range header)."""
+    """What the server holds and does.
+
+    like_the_real_one: large files are tagged as xet's and come from another host. requests: those for files, (method,
+    name, Range header). keys: the Authorization headers that the hub, and that the other host, was sent.
+    """
 
     files: dict[str, bytes]
+    like_the_real_one: bool = False
+    keys: dict[str, set[str | None]] = field(default_factory=lambda: {"hub": set(), "cdn": set()})
     cut_after: int | None = None
     status: int | None = None
     error_code: str | None = None
@@ -59,6 +65,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0]
+        is_cdn = path.startswith("/cdn/")
+        self.hub.keys["cdn" if is_cdn else "hub"].add(self.headers.get("Authorization"))
         if self.hub.status is not None:
             self._send(self.hub.status, b"{}", {"X-Error-Code": self.hub.error_code or ""})
         elif path.startswith(f"/api/models/{REPO}/revision/"):
@@ -66,7 +74,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path == f"/api/models/{REPO}/tree/{COMMIT}":
             self._send(200, json.dumps([self._entry(name) for name in self.hub.files]).encode())
         elif path.startswith(f"/{REPO}/resolve/{COMMIT}/"):
-            self._file(path.removeprefix(f"/{REPO}/resolve/{COMMIT}/"), with_body)
+            self._resolve(path.removeprefix(f"/{REPO}/resolve/{COMMIT}/"), with_body)
+        elif is_cdn:
+            self._file(path.removeprefix("/cdn/"), with_body)
         else:
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
@@ -79,7 +89,23 @@ class Handler(BaseHTTPRequestHandler):
     def _entry(self, name: str) -> dict[str, object]:
         data = self.hub.files[name]
         large = {"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 134}} if is_large(name) else {}
-        return {"type": "file", "path": name, "size": len(data), "oid": git_id(data), **large}
+        xet = {"xetHash": sha256(data)} if is_large(name) and self.hub.like_the_real_one else {}
+        return {"type": "file", "path": name, "size": len(data), "oid": git_id(data), **large, **xet}
+
+    def _resolve(self, name: str, with_body: bool) -> None:
+        if not is_large(name) or not self.hub.like_the_real_one:
+            self._file(name, with_body)
+            return
+        data, port = self.hub.files[name], self.headers["Host"].rpartition(":")[2]
+        headers = {
+            "Location": f"http://localhost:{port}/cdn/{name}",
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Size": str(len(data)),
+            "X-Linked-Etag": f'"{sha256(data)}"',
+            "X-Xet-Hash": sha256(data),
+            "X-Xet-Refresh-Route": f"/api/models/{REPO}/xet-read-token/{COMMIT}",
+        }
+        self._send(302, b"", headers)
 
     def _file(self, name: str, with_body: bool) -> None:
         asked = self.headers.get("Range")
@@ -177,7 +203,12 @@ def test_all_shards_that_the_index_names_are_fetched(hub: Hub, tmp_path: Path) -
     assert sorted(path.name for path in download(REPO).iterdir()) == sorted(hub.files)
 
 
-def test_a_download_that_broke_off_goes_on_where_it_stopped(hub: Hub, model_files: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("like_the_real_one", [False, True])
+def test_a_download_that_broke_off_goes_on_where_it_stopped(
+    hub: Hub, model_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, like_the_real_one: bool
+) -> None:
+    hub.like_the_real_one = like_the_real_one
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not like_the_real_one)
     hub.cut_after = 100_000
     with pytest.raises(SourceError, match=r"goes on where it stopped"):
         download(REPO)
@@ -188,6 +219,13 @@ def test_a_download_that_broke_off_goes_on_where_it_stopped(hub: Hub, model_file
     assert asked is not None
     assert 0 < int(asked.removeprefix("bytes=").removesuffix("-")) <= 100_000
     assert (folder / WEIGHTS).read_bytes() == model_files[WEIGHTS]
+
+
+def test_a_token_is_shown_to_the_hub_and_to_no_other_host(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.like_the_real_one = True
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    download(REPO)
+    assert hub.keys == {"hub": {"Bearer hf_secret"}, "cdn": {None}}
 
 
 def test_what_was_left_damaged_is_noticed_and_fetched_anew(hub: Hub, model_files: dict[str, bytes]) -> None:
