@@ -24,6 +24,9 @@ from export.values import MXFP4_BLOCK
 BLOCK = 32
 """Neighbours that share a scale where the recipe itself quantises; also GGUF's, but for Q6_K's 16."""
 
+FROM_GGUF = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K, Kind.Q6_K)
+"""Kinds that are quantised in the checkpoint, in blocks."""
+
 _FLOAT32, _FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
 
 
@@ -86,7 +89,7 @@ class Recipe(StrEnum):
         match self:
             case Recipe.CUDA_FP4 | Recipe.CPU_MXFP4 if spec.experts is None:
                 return f"the recipe {self} is for models with MXFP4 experts, this {spec.family} model has none"
-            case Recipe.GGUF_EXACT | Recipe.GGUF_PARITY if not any(kind in _FROM_GGUF for kind in kinds):
+            case Recipe.GGUF_EXACT | Recipe.GGUF_PARITY if not any(kind in FROM_GGUF for kind in kinds):
                 return f"the recipe {self} carries the quantised tensors of a GGUF, this checkpoint has none"
             case _:
                 return None
@@ -103,8 +106,6 @@ _PURPOSES = {
     Recipe.GGUF_EXACT: "CPU: a GGUF's quantised weights, not requantised",
     Recipe.GGUF_PARITY: "CPU: the same by the slow way, to compare with",
 }
-
-_FROM_GGUF = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_K, Kind.Q6_K)
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,44 @@ class Plan:
         """What the graph computes in, and scales are stored in."""
         return _FLOAT16 if self.recipe.device is Device.CUDA else _FLOAT32
 
+    def promise(self, spec: DecoderSpec) -> str:
+        """What the release's weights are, for its manifest. "Lossless" is said of experts alone."""
+        parts = [self._promise_of_experts()] if spec.experts is not None else []
+        match self.recipe:
+            case Recipe.FP32 | Recipe.GGUF_EXACT | Recipe.GGUF_PARITY:
+                parts.append("nothing is quantised that was not quantised in the checkpoint")
+            case _ if spec.experts is None and self.recipe.bits is not None:
+                parts.append(f"float matrices of the layers are rounded to {self.recipe.bits} bits")
+            case _:
+                pass
+        if self.recipe.quantises_dense:
+            attention = "attention, " if spec.experts is not None else ""
+            parts.append(f"{attention}embedding and head are {self._promise_of_dense()}")
+        return "; ".join(parts)
+
+    def _promise_of_experts(self) -> str:
+        match self.recipe:
+            case Recipe.CPU_INT4 | Recipe.CUDA_INT4:
+                return "experts are requantised to 4 bits, which is lossy"
+            case Recipe.CPU_INT8 | Recipe.CUDA_INT8:
+                return "experts are lossless, every MXFP4 value as an 8-bit code"
+            case Recipe.FP32:
+                return "experts are lossless, every MXFP4 value as a float"
+            case _:
+                return "experts are lossless, the published codes and scales"
+
+    def _promise_of_dense(self) -> str:
+        if self.dense is Dense.INT8:
+            return "rounded to 8 bits"
+        return "as in the checkpoint" if self.floats == _FLOAT32 else "float16"
+
     def form(self, spec: DecoderSpec, role: Role, kind: Kind) -> Form:
         """The form of a matrix (of one expert's, for experts); raises SourceError if this recipe has none for it."""
         if role is Role.ROUTER:
             return DenseFloat(_FLOAT32)
         if kind is Kind.MXFP4:
             return self._expert_form()
-        misfit = self.recipe.misfit(spec, _FROM_GGUF)
+        misfit = self.recipe.misfit(spec, FROM_GGUF)
         if misfit is not None:
             raise SourceError(f"It cannot be exported: {misfit}; take another recipe.")
         return self._float_form(spec, role, kind) if kind.is_float else self._block_form(kind)
