@@ -61,6 +61,8 @@ def read_spec(
     if embedding is None:
         raise SourceError(f"{where} has no tensor {_EMBEDDING!r}; it is not a whole model, fetch it again.")
     layers, hidden, heads = keys.size("block_count"), keys.size("embedding_length"), keys.size("attention.head_count")
+    if layers > len(tensors):  # or a damaged count would make us expect tensors without end
+        raise keys.unfit("block_count", layers, f"what {len(tensors)} tensors can be")
     head_dim = keys.size("attention.key_length", hidden // heads)
     context_tokens = keys.size("context_length")
     spec = DecoderSpec(
