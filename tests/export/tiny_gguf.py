@@ -110,7 +110,7 @@ class TinyLlama:
         return path
 
     def _random(self, random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Bytes:
-        if name.endswith("norm.weight"):
+        if name.endswith("norm.weight") and self.kind(name).is_float:
             return ggml_bytes.float_bytes(random.uniform(0.5, 1.5, shape), self.kind(name))
         return ggml_bytes.random_rows(random, self.kind(name), shape)
 
