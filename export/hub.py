@@ -87,7 +87,7 @@ def _look_up(repo_id: str, commit: str, name: str) -> RemoteFile:
     found = get_hf_file_metadata(url)
     size, digest = found.size or 0, found.etag or ""
     # The tag of what is not kept in git is its digest. Larger files have no plain address, only the library's own way.
-    resumable = _SHA256.fullmatch(digest) and size <= constants.MAX_HTTP_DOWNLOAD_SIZE
+    resumable = _SHA256.fullmatch(digest) and 0 < size <= constants.MAX_HTTP_DOWNLOAD_SIZE
     return RemoteFile(name, url, size, digest if resumable else None)
 
 
@@ -109,6 +109,9 @@ def _fetch(file: RemoteFile, sha256: str, blobs: Path) -> None:
             fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SourceError(f"{file.name} is being fetched into {blobs} by another export; wait for it.") from error
+        if target.tell() > file.size_bytes:
+            target.truncate(0)
+            target.seek(0)
         http_get(
             file.url,
             target,

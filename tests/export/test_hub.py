@@ -237,6 +237,13 @@ def test_what_was_left_damaged_is_noticed_and_fetched_anew(hub: Hub, model_files
     assert (download(REPO) / WEIGHTS).read_bytes() == model_files[WEIGHTS]
 
 
+def test_more_than_the_file_has_is_no_beginning_of_it(hub: Hub, model_files: dict[str, bytes]) -> None:
+    part = partial_file(model_files)
+    part.parent.mkdir(parents=True)
+    part.write_bytes(model_files[WEIGHTS] + b"x")
+    assert (download(REPO) / WEIGHTS).read_bytes() == model_files[WEIGHTS]
+
+
 def test_two_exports_do_not_write_into_one_file(hub: Hub, model_files: dict[str, bytes]) -> None:
     part = partial_file(model_files)
     part.parent.mkdir(parents=True)
