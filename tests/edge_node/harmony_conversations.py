@@ -86,7 +86,7 @@ def schema(random: Random, depth: int) -> dict[str, Any]:
     kinds = ["string", "string", "number", "integer", "boolean", "null", "nonsense"]
     kinds += ["object", "object", "array", "oneOf", "list", "anyOf"] if depth else []
     kind = random.choice(kinds)
-    made = {"type": kind} if kind not in ("oneOf", "list", "anyOf") else {}
+    made: dict[str, Any] = {"type": kind} if kind not in ("oneOf", "list", "anyOf") else {}
     match kind:
         case "object":
             names = [random.choice(["q", "city", "日", "a b", f"p{index}"]) for index in range(random.randint(0, 4))]

@@ -74,13 +74,11 @@ class Oracle:
             for message in parser.messages
         ]
 
-    def decode(self, ids: list[int]) -> str:
-        """Special tokens spelled out, what is no UTF-8 replaced."""
-        return self._encoding.decode(ids)
-
 
 def _text_of(message: Message) -> str:
-    return "".join(getattr(content, "text") for content in message.content)  # noqa: B009 - they are all texts
+    from openai_harmony import TextContent
+
+    return "".join(content.text for content in message.content if isinstance(content, TextContent))
 
 
 def _messages(items: list[Item], setting: Setting) -> list[Message]:

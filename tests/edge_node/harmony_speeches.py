@@ -17,31 +17,34 @@ from tests.fakes import fake_manifest
 from tests.tools.gpt_oss_tokenizer import write_tiny
 
 RELEASE = "gpt-oss@000000000000"
-_SPECIAL = re.compile(r"<\|[a-z]+\|>")
+_SPECIAL = re.compile(r"(<\|[a-z]+\|>)")
 
 
 class Vocabulary:
     """A speech, and the ids of texts in its vocabulary."""
 
     def __init__(self, tokenizer_json: str) -> None:
-        from tokenizers import Tokenizer
-
         manifest = msgspec.structs.replace(fake_manifest(RELEASE), stop_ids=[])
         self.speech = HarmonySpeech.from_files(manifest, tokenizer_json)
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
 
     def ids(self, text: str) -> list[int]:
         """Special tokens in the text are special."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        special = self.speech.special
+        pieces = (piece for piece in _SPECIAL.split(text) if piece)
+        return [token for piece in pieces for token in ([special[piece]] if piece in special else self.encode(piece))]
 
-    def id(self, special: str) -> int:
-        (token,) = self.ids(special)
+    def encode(self, text: str) -> list[int]:
+        """Special tokens in the text are text."""
+        return self.speech.encode(text)
+
+    def id(self, text: str) -> int:
+        """Of a text that is one token."""
+        (token,) = self.ids(text)
         return token
 
     def text(self, ids: list[int]) -> str:
-        decoded: str = self._tokenizer.decode(ids, skip_special_tokens=False)
-        return decoded
+        """Special tokens spelled out, what is no UTF-8 replaced."""
+        return b"".join(self.speech.table[token] for token in ids).decode("utf-8", "replace")
 
     def hear(self, ids: list[int], stop: tuple[str, ...] = ()) -> list[list[Delta]]:
         """What each id makes the model say; there may be more to come."""

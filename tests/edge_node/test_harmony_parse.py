@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.frames import Arguments, ItemEnd, ItemStart, Text
-from edge_node.engine.speech.harmony_format import Header, may_become_header, read_header
+from edge_node.engine.speech.harmony_format import Header, Marks, may_become_header, read_header
 from edge_node.engine.speech.harmony_parse import HarmonyParser
 from tests.edge_node.harmony_speeches import check_one_text_an_id, joined, tiny
 
@@ -105,9 +105,9 @@ def test_return_and_call_end_the_response_and_end_does_not() -> None:
 
 
 def test_a_stop_id_of_the_release_ends_the_response() -> None:
-    token = tiny().id("<|endoftext|>")
     speech = tiny().speech
-    parser = HarmonyParser(speech._marks, speech._table, speech._stop_ids | {token})
+    stop_ids = frozenset({tiny().id("<|endoftext|>")})
+    parser = HarmonyParser(Marks.of(speech.special), speech.table, stop_ids)
     said = [parser.push(token) for token in tiny().ids(f"{ANSWER}Hi<|endoftext|>")]
     assert joined(said) == [("message", "final_answer", "", "Hi")]
     assert said[-1] == [ItemEnd()] and parser.stopped
@@ -197,7 +197,7 @@ def test_ids_that_nobody_knows_have_no_text() -> None:
 
 def bytes_of(data: bytes) -> list[int]:
     """The tiny vocabulary's first ids are the bytes, in GPT-2's order."""
-    table = tiny().speech._table
+    table = tiny().speech.table
     return [table.index(bytes([byte])) for byte in data]
 
 
@@ -259,7 +259,7 @@ WORDS = ["assistant", "to=functions.f", "to=x", "<|channel|>final", "<|channel|>
 GLUE = ["", " ", "\n", "<|channel|>", "<|constrain|>", "x"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([*WORDS, *GLUE]), max_size=9).map("".join))
 def test_every_beginning_of_a_header_may_become_one(text: str) -> None:
     if read_header(text, role="assistant") is not None:

@@ -12,8 +12,11 @@ from typing import Protocol
 from core.conversation import Item
 from core.frames import Delta
 from edge_node.engine.speech.chat_template import ChatTemplateSpeech, SpeechError
+from edge_node.engine.speech.harmony import HarmonySpeech
+from edge_node.engine.speech.harmony_render import Rendered
+from edge_node.engine.speech.setting import Setting
 
-__all__ = ["ChatTemplateSpeech", "Parser", "Speech", "SpeechError"]
+__all__ = ["ChatTemplateSpeech", "HarmonySpeech", "Parser", "Rendered", "Setting", "Speech", "SpeechError"]
 
 
 class Parser(Protocol):

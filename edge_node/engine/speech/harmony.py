@@ -25,23 +25,21 @@ from edge_node.engine.speech.setting import PLAIN, Setting
 
 
 class HarmonySpeech:
-    """Speech of a release whose manifest says `harmony`."""
+    """Speech of a release whose manifest says `harmony`.
+
+    table: each id's bytes, special tokens spelled out. special: the ids of the special tokens.
+    """
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, table: list[bytes], special: dict[str, int]) -> None:
-        """tokenizer: takes special tokens in texts for text. table: each id's bytes, special tokens spelled out."""
-        marks = Marks.of(special)
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-            return ids
-
-        self._marks = marks
-        self._table = table
-        self._shortens = tokenizer.normalizer is not None
+        """tokenizer: one that takes special tokens in texts for text."""
+        self.table = table
+        self.special = special
+        self._tokenizer = tokenizer
+        self._marks = marks = Marks.of(special)
         self._longest_bytes = max(map(len, table), default=0) or 1
         # <|end|> ends a message, never the response, whatever the checkpoint lists.
         self._stop_ids = frozenset({*manifest.stop_ids, marks.call, marks.return_} - {marks.end})
-        self._renderer = Renderer(marks, encode, table, special.values())
+        self._renderer = Renderer(marks, self.encode, table, special.values())
 
     @classmethod
     def from_files(cls, manifest: Manifest, tokenizer_json: str) -> HarmonySpeech:
@@ -58,6 +56,11 @@ class HarmonySpeech:
             table[token] = text.encode()
         return cls(manifest, tokenizer, table, special)
 
+    def encode(self, text: str) -> list[int]:
+        """Plain text: nothing in it is a special token."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
         """Prompt ids, up to where the answer begins."""
         return self.lay_out(items, release, setting).ids
@@ -68,7 +71,7 @@ class HarmonySpeech:
 
     def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:
         """No id has more bytes than the longest; a normaliser may shorten text, so then nothing is known."""
-        if self._shortens:
+        if self._tokenizer.normalizer is not None:
             return 0
         opening = opening_instructions(items)
         said = [one[0].text for one in list(said_again(items))[opening:] if one is not None]
@@ -76,4 +79,4 @@ class HarmonySpeech:
         return sum(len(text.encode()) // self._longest_bytes for text in texts)
 
     def start(self, stop: Sequence[str] = ()) -> HarmonyParser:
-        return HarmonyParser(self._marks, self._table, self._stop_ids, stop)
+        return HarmonyParser(self._marks, self.table, self._stop_ids, stop)
