@@ -20,11 +20,14 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 # dev.txt holds all of run.txt, with the same versions.
 hash = $(firstword $(shell cat $(1) | sha256sum | cut -c1-12))
 HAS_RUN := $(VENV)/.has-run-$(call hash,requirements/run.txt)
+HAS_ORACLE := .venv-oracle/.has-$(call hash,requirements/oracle.txt)-$(subst =,,$(TORCH))
+HAS_GENAI := .venv-genai/.has-$(call hash,requirements/genai.txt)-$(subst =,,$(TORCH))
 HAS_DEV := $(VENV)/.has-dev-$(call hash,requirements/dev.txt requirements/beside-torch.txt)-$(subst =,,$(TORCH))
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install up consul system-deps test test-slow unit e2e lint types format bench bench-first model lock clean
+.PHONY: help install up consul system-deps test test-slow unit e2e lint types format oracle genai bench bench-first
+.PHONY: bench-export model lock clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,7 +48,7 @@ test:  ## install, lint, types, unit and end-to-end tests
 	@$(MAKE) --no-print-directory $(HAS_DEV)
 	@$(MAKE) --no-print-directory lint types unit e2e
 
-test-slow: $(HAS_DEV)  ## the tests marked slow
+test-slow: $(HAS_DEV) $(HAS_ORACLE)  ## the tests marked slow
 	@scripts/check-system
 	$(PY) -m pytest -m slow
 
@@ -66,23 +69,40 @@ format: $(HAS_DEV)  ## ruff: mend what it can
 types: $(HAS_DEV)  ## mypy --strict
 	$(PY) -m mypy
 
-bench: bench-first  ## all measurements
+oracle: $(HAS_ORACLE)  ## optimum's exporter in .venv-oracle: the tests compare its logits with ours
+
+genai: $(HAS_GENAI)  ## onnxruntime-genai's model builder in .venv-genai, measured beside ours
+
+bench: bench-first bench-export  ## all measurements
 
 bench-first: $(HAS_DEV) model  ## export, tokens/s, time to first token, what the router adds
 	$(PY) -m tests.bench.first
+
+bench-export: $(HAS_DEV)  ## the exporter at GPT-OSS-20B's full shape: 45 GB of disk (SCRATCH), most of an hour
+	$(PY) -m tests.bench.export
 
 model: $(HAS_RUN)
 	@$(PY) scripts/build-model --out releases/smollm2-135m >/dev/null
 
 lock: $(HAS_DEV)  ## write requirements/*.txt again; `make lock UPGRADE=1` takes newer versions
 	$(PY) scripts/lock $(if $(UPGRADE),--upgrade)
+	$(PY) scripts/oracle-lock $(if $(UPGRADE),--upgrade)
 
 clean:  ## forget everything built or installed here, except data/ and releases/
-	rm -rf $(VENV) .tools .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-oracle .venv-genai .tools .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
 	@scripts/make-venv $(PYTHON) $(VENV)
+
+# Environments of their own: what they hold cannot live beside what the tests need.
+$(HAS_ORACLE) $(HAS_GENAI): .venv-%: | $(PY)
+	@echo "installing requirements/$(firstword $(subst /, ,$*)).txt and $(TORCH) into .venv-$(firstword $(subst /, ,$*))"
+	@scripts/make-venv $(PYTHON) $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install $(TORCH)
+	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install --require-hashes --no-deps \
+		-r requirements/$(firstword $(subst /, ,$*)).txt
+	@rm -f $(@D)/.has-* && touch $@
 
 $(HAS_RUN): | $(PY)
 	@echo "installing what the services need (requirements/run.txt)"
