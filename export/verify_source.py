@@ -46,9 +46,11 @@ def check_source(folder: Path, manifest: Manifest, checkpoint: Checkpoint | None
         difference = _difference(written.model, drawing)
         if difference is None:
             nodes = len(written.model.graph.node)
-            yield Check(Verdict.OK, manifest.graph, f"{nodes} nodes, as this exporter draws the reference.")
+            yield Check(
+                Verdict.OK, f"content of {manifest.graph}", f"{nodes} nodes, as this exporter draws the reference."
+            )
         else:
-            yield Check(Verdict.BROKEN, manifest.graph, difference + _made_by(manifest))
+            yield Check(Verdict.BROKEN, f"content of {manifest.graph}", difference + _made_by(manifest))
         for weight in drawing.weights:
             yield _weight(written, drawing, weight)
 
@@ -83,9 +85,9 @@ def _texts(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator
             continue
         path = folder / name
         if path.is_file() and path.read_bytes() == expected:
-            yield Check(Verdict.OK, name, "is the reference's.")
+            yield Check(Verdict.OK, f"content of {name}", "is the reference's.")
         else:
-            yield Check(Verdict.BROKEN, name, "is not the reference's; export the model again.")
+            yield Check(Verdict.BROKEN, f"content of {name}", "is not the reference's; export the model again.")
 
 
 def _plan(model: ModelProto, manifest: Manifest) -> Plan:

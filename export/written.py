@@ -30,19 +30,20 @@ class WrittenGraph:
     """A graph file and the data files that it names; `with` it."""
 
     def __init__(self, graph: Path) -> None:
-        """Read the graph, not the weights; raises TargetError if it is none."""
+        """Read the graph, not the weights; raises TargetError if it is none, or names a file that is not there."""
         try:
             self.model = onnx.load(graph, load_external_data=False)
         except (DecodeError, OSError) as error:
             raise TargetError(f"{graph} is not an ONNX graph ({error}); export the model again.") from error
-        self._folder = graph.parent
-        self._files = ExitStack()
-        self._descriptors: dict[str, int] = {}
-        self.external: Mapping[str, TensorProto] = {
+        self._external = {
             tensor.name: tensor
             for tensor in self.model.graph.initializer
             if tensor.data_location == TensorProto.EXTERNAL
         }
+        with ExitStack() as opening:
+            locations = {self._place(name)[0] for name in self._external}
+            self._descriptors = {location: _open(graph.parent, location, opening) for location in locations}
+            self._files = opening.pop_all()
 
     def __enter__(self) -> WrittenGraph:
         return self
@@ -63,7 +64,7 @@ class WrittenGraph:
 
     def _offset(self, name: str, stored: Stored) -> int:
         _, offset, size_bytes = self._place(name)
-        tensor = self.external[name]
+        tensor = self._external[name]
         found, declared = (tuple(tensor.dims), tensor.data_type, size_bytes), (stored.shape, stored.tensor_type)
         if found != (*declared, stored.size_bytes):
             raise TargetError(
@@ -74,7 +75,7 @@ class WrittenGraph:
 
     def _place(self, name: str) -> tuple[str, int, int]:
         """(file, offset, bytes) of an external initialiser; raises TargetError if there is none of that name."""
-        tensor = self.external.get(name)
+        tensor = self._external.get(name)
         if tensor is None:
             raise TargetError(f"The graph has no external initialiser {name!r}; export the model again.")
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -90,21 +91,26 @@ class WrittenGraph:
         data = bytearray(size_bytes)
         view, done = memoryview(data), 0
         while done < size_bytes:
-            count = os.preadv(self._descriptor(location), [view[done:]], offset + done)
+            count = os.preadv(self._descriptors[location], [view[done:]], offset + done)
             if count == 0:
                 raise TargetError(f"{location} ends before {name!r} does; export or copy the release again.")
             done += count
         return data
 
-    def _descriptor(self, location: str) -> int:
-        """A data file, opened once."""
-        if location not in self._descriptors:
-            path = self._folder / location
-            if path.parent != self._folder:
-                raise TargetError(f"The graph names {location!r}, which leaves the release; do not use this release.")
-            self._descriptors[location] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._files.callback(os.close, self._descriptors[location])
-        return self._descriptors[location]
+
+def _open(folder: Path, location: str, files: ExitStack) -> int:
+    """Descriptor of a data file, which `files` will close."""
+    path = folder / location
+    if path.parent != folder:
+        raise TargetError(f"The graph names {location!r}, which leaves the release; do not use this release.")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise TargetError(
+            f"{path} cannot be read ({error.strerror or error}); export or copy the release again."
+        ) from error
+    files.callback(os.close, descriptor)
+    return descriptor
 
 
 @dataclass(frozen=True)
