@@ -63,6 +63,7 @@ _ODD = [
 def strings(count: int) -> list[str]:
     """`count` strings: each kind in turn, then mixtures of all kinds. Seeded; needs no file."""
     source = random.Random(20261122)
+    characters = [*range(0xD800), *range(0xE000, 0x11000)]
     kinds: list[Callable[[], str]] = [
         lambda: " ".join(source.choices(_ENGLISH, k=source.randint(1, 30))),
         lambda: "".join(source.choices(_CHINESE, k=source.randint(1, 40))),
@@ -72,7 +73,7 @@ def strings(count: int) -> list[str]:
         lambda: "".join(source.choices([*_DIGITS, " ", "a"], k=source.randint(1, 12))),
         lambda: "".join(source.choices([*_SPECIAL, " ", "x"], k=source.randint(1, 8))),
         lambda: "".join(source.choices(_ODD, k=source.randint(1, 10))),
-        lambda: "".join(chr(source.choice([*range(0xD800), *range(0xE000, 0x11000)])) for _ in range(12)),
+        lambda: "".join(chr(source.choice(characters)) for _ in range(12)),
     ]
     mixture = [*_ENGLISH, *_CHINESE, *_EMOJI, *_CODE, *_SPACES, *_DIGITS, *_SPECIAL, *_ODD]
     made = ["", *(kinds[index % len(kinds)]() for index in range(count * 2 // 3))]
