@@ -115,13 +115,18 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from export.report import Check
     from export.verify import verify
 
-    report = verify(options.release, options.reference)
+    def seen(check: Check) -> None:
+        if not options.json:
+            print(check.line(), flush=True)
+
+    report = verify(options.release, options.reference, seen)
     if options.json:
         sys.stdout.buffer.write(report.to_json())
     else:
-        print(*report.lines(), sep="\n")
+        print(report.summary())
     return 0 if report.ok else REFUSED
 
 

@@ -12,10 +12,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from msgspec.structs import replace
+import msgspec
 
 from core.errors import ReleaseError
 from core.manifest import (
@@ -30,8 +30,9 @@ from core.manifest import (
     encode_manifest,
     release_name,
 )
-from export import EXPORTER_VERSION
+from export import EXPORTER_VERSION, hardware
 from export.checkpoint import Checkpoint
+from export.choice import Hardware, choose
 from export.data import DATA_FILE, GRAPH_FILE, Data, Drawing, Kept, find_kept, write_data
 from export.quality_report import QualityReport, TensorQuality, encode_report, totals_of
 from export.recipes import Dense, Plan, Recipe
@@ -97,8 +98,16 @@ def export(order: Order, tell: Tell = lambda line: None) -> Outcome:
 
 
 def _plan(order: Order, checkpoint: Checkpoint, tell: Tell) -> Plan:
-    assert order.recipe is not None
-    return Plan(order.recipe, order.dense)
+    """The recipe that was asked for, or the one that suits this machine."""
+    if order.recipe is not None:
+        return Plan(order.recipe, order.dense)
+    gpu, memory = hardware.gpu(), hardware.memory()
+    machine = Hardware(memory_bytes=memory.total_bytes, cuda_memory_bytes=None)
+    if gpu is not None:
+        machine = replace(machine, cuda_memory_bytes=gpu.memory_bytes, cuda_capability=gpu.capability)
+    recipe, why = choose(checkpoint.spec, checkpoint.tensors, machine, order.dense)
+    tell(f"--recipe auto takes {recipe}: {why}")
+    return Plan(recipe, order.dense)
 
 
 def release_digest(source_sha256: str, checkpoint: Checkpoint) -> str:
@@ -149,7 +158,7 @@ def _write_release(order: Order, drawing: Drawing, staging: Staging, tell: Tell)
         trial = try_release(staging.release, manifest, drawing, reference, staging.scratch)
     report = _report(drawing, data, trial)
     files.append(write_file(staging.release, QUALITY_FILE, encode_report(report)))
-    manifest = replace(
+    manifest = msgspec.structs.replace(
         manifest,
         files=sorted(files, key=lambda file: file.path),
         batch_invariant=trial.batch_invariant,

@@ -88,7 +88,7 @@ def _facts(manifest: Manifest) -> Iterator[str]:
     yield from _table(
         [
             ("source", f"{manifest.source.name} ({manifest.source.architecture})"),
-            ("source sha256", manifest.source.sha256),
+            ("source sha256", f"{manifest.source.sha256[:48]}..."),
             ("graph", f"{manifest.family}, ABI {manifest.graph_abi}, exporter {manifest.exporter_version}"),
             ("device", manifest.device),
             ("operators", ", ".join(manifest.operators) or "those of ONNX Runtime"),
@@ -140,7 +140,7 @@ def _quality(run: Quality | str) -> Iterator[str]:
 
 def _stories(stories: list[Story]) -> Iterator[str]:
     for story in stories:
-        yield from textwrap.wrap(repr(story.prompt), WIDTH - 2)
+        yield from textwrap.wrap(repr(story.prompt), WIDTH - 2, max_lines=3, placeholder=" ...")
         yield from textwrap.wrap(f"{story.continuation!r}", WIDTH - 2, initial_indent="-> ", subsequent_indent="   ")
         yield f"   smallest margin {story.min_margin:.3g}"
 
@@ -152,4 +152,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+    for unit, unit_bytes in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.1f} {unit}"
+    return f"{size_bytes / 1e3:.1f} kB"

@@ -1,110 +1,121 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 
 from core.errors import ReleaseError
 from core.manifest import MANIFEST_NAME, Manifest, decode_manifest, model_of
-from export.build import DATA_FILE, GRAPH_FILE, Order, export, release_digest
+from export import weights
+from export.build import QUALITY_FILE, Order, export, release_digest
+from export.checkpoint import Checkpoint, Speech
+from export.data import DATA_FILE, GRAPH_FILE
 from export.errors import SourceError
-from export.gguf import GgufFile
-from export.graph_llama import build_graph
-from export.llama_spec import read_spec
-from export.recipes import Recipe
-from export.verify import WrittenRelease, check_weights
-from export.writer import PAGE_BYTES, matches
-from tests.export.graph_runner import log_softmax, logits_of
-from tests.export.llama_reference import logits as reference_logits
-from tests.export.tiny_gguf import TEMPLATE, TOKENS, TinyLlama
+from export.quality_report import QualityReport, decode_report
+from export.recipes import Dense, Recipe
+from export.source import open_checkpoint
+from export.writer import PAGE_BYTES, count_intact, matches
+from tests.export.graph_runner import export_in_memory
+from tests.export.running import contents
+from tests.export.tiny_gguf import TEMPLATE, TOKENS, TinyLlama, tiny_q4_k_m
+from tests.tools.gpt_oss_checkpoint import TINY, write_checkpoint
 
-PROMPT = [5, 77, 200, 31, 31, 8, 140, 2, 260, 99]
-
-
-def export_tiny(model: TinyLlama, folder: Path, recipe: Recipe) -> Manifest:
-    source = model.write(folder / "tiny.gguf")
-    return export(Order(source, folder / "release", "tiny", recipe)).manifest
+GPT_OSS_RECIPES = [recipe for recipe in Recipe if not recipe.value.startswith("gguf-")]
+GGUF_RECIPES = [recipe for recipe in Recipe if recipe not in (Recipe.CUDA_FP4, Recipe.CPU_MXFP4)]
 
 
-def compute_in_float32(graph: Path) -> None:
-    """Take away the int8 activations, so that what is left is the arithmetic of the weights' form."""
-    model = onnx.load(graph, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    graph.write_bytes(model.SerializeToString())
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-gpt-oss", TINY, tokenizer="tiny")
 
 
-@pytest.mark.parametrize("tied_head", [True, False])
-@pytest.mark.parametrize("recipe", Recipe)
-def test_the_graph_computes_what_the_formulas_say(tmp_path: Path, recipe: Recipe, tied_head: bool) -> None:
-    model = TinyLlama(tied_head=tied_head)
-    manifest = export_tiny(model, tmp_path, recipe)
-    compute_in_float32(tmp_path / "release" / GRAPH_FILE)
-    found = logits_of(tmp_path / "release" / GRAPH_FILE, manifest.kv, PROMPT)
-    np.testing.assert_allclose(found, reference_logits(model, PROMPT), atol=2e-4, rtol=1e-4)
+@pytest.fixture(scope="module")
+def q4_k_m(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_q4_k_m().write(tmp_path_factory.mktemp("gguf") / "q4_k_m.gguf")
 
 
-def test_the_served_form_stays_near_the_formulas_with_int8_activations(tmp_path: Path) -> None:
-    model = TinyLlama()
-    manifest = export_tiny(model, tmp_path, Recipe.GGUF_EXACT)
-    expected = log_softmax(reference_logits(model, PROMPT))
-    found = log_softmax(logits_of(tmp_path / "release" / GRAPH_FILE, manifest.kv, PROMPT))
-    divergence = (np.exp(expected) * (expected - found)).sum(-1).mean()
-    assert 0 < divergence < 0.05
+def make(source: Path, out: Path, recipe: Recipe, dense: Dense = Dense.INT8, run: bool = False) -> Manifest:
+    return export(Order(str(source), out, "tiny", recipe, dense, run=run)).manifest
 
 
-def test_sizes_are_read_from_the_file_and_nothing_is_taken_for_granted(tmp_path: Path) -> None:
-    model = TinyLlama(layers=1, hidden=96, heads=3, kv_heads=1, intermediate=32, context_tokens=50)
-    manifest = export_tiny(model, tmp_path, Recipe.GGUF_PARITY)
-    assert (manifest.context_tokens, manifest.kv.layers, manifest.kv.kv_heads, manifest.kv.head_dim) == (50, 1, 1, 32)
-    found = logits_of(tmp_path / "release" / GRAPH_FILE, manifest.kv, PROMPT)
-    np.testing.assert_allclose(found, reference_logits(model, PROMPT), atol=2e-4, rtol=1e-4)
+def graph_in(release: Path, weights_too: bool = False) -> onnx.ModelProto:
+    return onnx.load(release / GRAPH_FILE, load_external_data=weights_too)
 
 
-def test_the_manifest_lists_every_file_and_tells_what_was_checked(tmp_path: Path) -> None:
-    manifest = export_tiny(TinyLlama(), tmp_path, Recipe.GGUF_EXACT)
+def quality_in(release: Path) -> QualityReport:
+    return decode_report((release / QUALITY_FILE).read_bytes(), QUALITY_FILE)
+
+
+def raw_weights(model: onnx.ModelProto) -> dict[str, tuple[int, Sequence[int], bytes]]:
+    return {tensor.name: (tensor.data_type, tensor.dims, tensor.raw_data) for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("dense", Dense)
+@pytest.mark.parametrize("recipe", GPT_OSS_RECIPES)
+def test_what_is_streamed_is_what_encoding_the_whole_gives(
+    tmp_path: Path, gpt_oss: Path, recipe: Recipe, dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "SLICE_WEIGHTS", 1000)  # ten rows: several slices, and a last one of another size
+    make(gpt_oss, tmp_path / "release", recipe, dense)
+    expected = export_in_memory(open_checkpoint(str(gpt_oss)), recipe, dense)
+    found = graph_in(tmp_path / "release", weights_too=True)
+    assert raw_weights(found) == raw_weights(expected)
+    assert list(found.graph.node) == list(expected.graph.node)
+
+
+@pytest.mark.parametrize("recipe", GGUF_RECIPES)
+def test_blocks_of_a_gguf_are_streamed_just_so(
+    tmp_path: Path, q4_k_m: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "SLICE_WEIGHTS", 5000)
+    make(q4_k_m, tmp_path / "release", recipe)
+    expected = export_in_memory(open_checkpoint(str(q4_k_m)), recipe)
+    assert raw_weights(graph_in(tmp_path / "release", weights_too=True)) == raw_weights(expected)
+
+
+def test_the_manifest_lists_every_file_and_tells_what_was_checked(tmp_path: Path, tiny_gguf: Path) -> None:
     release = tmp_path / "release"
+    manifest = make(tiny_gguf, release, Recipe.GGUF_EXACT, run=True)
     assert decode_manifest((release / MANIFEST_NAME).read_bytes(), "here") == manifest
     assert {file.path for file in manifest.files} | {MANIFEST_NAME} == {path.name for path in release.iterdir()}
     assert all(matches(release, file) for file in manifest.files)
     assert (manifest.variant, manifest.stop_ids, manifest.bos_id) == ("gguf-exact", [2, 0], 1)
     assert manifest.vocab_size == manifest.tokenizer_size == len(TOKENS)
+    assert (manifest.device, manifest.operators, manifest.speech) == ("cpu", [], "chat_template")
+    assert manifest.chat_template is not None
     assert (release / manifest.chat_template).read_text() == TEMPLATE
-    assert "real number" in manifest.claims["weights"]
+    assert manifest.claims["weights"].startswith("every weight is the very number")
     assert manifest.batch_invariant == all(
         manifest.claims[name].startswith("bit-identical") for name in ("chunks", "batches")
     )
+    assert manifest.golden
+    assert all(golden.prompt_ids and golden.ids for golden in manifest.golden)
 
 
-def test_the_graph_has_the_inputs_and_outputs_of_abi_1(tmp_path: Path) -> None:
-    export_tiny(TinyLlama(layers=1), tmp_path, Recipe.GGUF_EXACT)
-    model = onnx.load(tmp_path / "release" / GRAPH_FILE, load_external_data=False)
-    inputs = {value.name: value.type.tensor_type for value in model.graph.input}
-    outputs = {value.name: value.type.tensor_type for value in model.graph.output}
-    assert list(inputs) == [
-        *("input_ids", "seqlens_k", "total_length", "logits_indices"),
-        *("past_key.0", "past_value.0"),
-    ]
-    assert list(outputs) == ["logits", "present_key.0", "present_value.0"]
-    kinds = {name: (kind.elem_type, len(kind.shape.dim)) for name, kind in (inputs | outputs).items()}
-    int64, int32, float32 = onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.FLOAT
-    assert kinds["input_ids"] == (int64, 2)
-    assert kinds["seqlens_k"] == (int32, 1)
-    assert kinds["total_length"] == (int32, 0)
-    assert kinds["logits_indices"] == (int64, 1)
-    assert kinds["logits"] == (float32, 2)
-    assert kinds["past_key.0"] == kinds["present_value.0"] == (float32, 4)
+def test_a_gpt_oss_release_speaks_harmony_and_asks_for_what_it_needs(tmp_path: Path, gpt_oss: Path) -> None:
+    manifest = make(gpt_oss, tmp_path / "release", Recipe.CPU_MXFP4, run=True)
+    assert (manifest.family, manifest.speech, manifest.chat_template) == ("gpt_oss", "harmony", None)
+    assert manifest.operators == ["edgechat.MoeMxfp4"]
+    assert (manifest.batch_invariant, manifest.golden) == (False, [])
+    assert manifest.claims["batches"].startswith("not measured: ONNX Runtime does not have the operator")
 
 
-def test_the_graph_says_where_it_comes_from(tmp_path: Path) -> None:
-    manifest = export_tiny(TinyLlama(layers=1), tmp_path, Recipe.GGUF_EXACT)
-    model = onnx.load(tmp_path / "release" / GRAPH_FILE, load_external_data=False)
-    assert {entry.key: entry.value for entry in model.metadata_props} == {
-        "recipe": "gguf-exact",
+def test_a_release_for_a_gpu_claims_nothing_that_only_a_gpu_could_show(tmp_path: Path, tiny_gguf: Path) -> None:
+    manifest = make(tiny_gguf, tmp_path / "release", Recipe.CUDA_INT8, run=True)
+    assert (manifest.device, manifest.kv.dtype, manifest.batch_invariant) == ("cuda", "float16", False)
+    assert manifest.claims["chunks"].startswith("not measured: ")
+
+
+def test_the_graph_says_where_it_comes_from(tmp_path: Path, gpt_oss: Path) -> None:
+    manifest = make(gpt_oss, tmp_path / "release", Recipe.CPU_INT8, Dense.EXACT)
+    assert manifest.variant == "cpu-int8-dense-exact"
+    assert {entry.key: entry.value for entry in graph_in(tmp_path / "release").metadata_props} == {
+        "recipe": "cpu-int8",
+        "dense": "exact",
         "release": manifest.release,
         "source_sha256": manifest.source.sha256,
         "exporter_version": manifest.exporter_version,
@@ -112,100 +123,173 @@ def test_the_graph_says_where_it_comes_from(tmp_path: Path) -> None:
     }
 
 
-def test_weights_lie_on_pages_and_a_tied_head_lies_there_once(tmp_path: Path) -> None:
-    export_tiny(TinyLlama(), tmp_path, Recipe.GGUF_EXACT)
-    written = WrittenRelease.open(tmp_path / "release", GRAPH_FILE)
-    places = {
-        name: {entry.key: entry.value for entry in tensor.external_data}
-        for name, tensor in written.initializers.items()
-        if tensor.external_data
+def test_weights_lie_on_pages_where_chunks_begin_and_a_tied_head_lies_there_once(
+    tmp_path: Path, tiny_gguf: Path
+) -> None:
+    manifest = make(tiny_gguf, tmp_path / "release", Recipe.GGUF_EXACT)
+    (data,) = (file for file in manifest.files if file.path == DATA_FILE)
+    offsets = {
+        tensor.name: int(entry.value)
+        for tensor in graph_in(tmp_path / "release").graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "offset"
     }
-    assert all(int(place["offset"]) % PAGE_BYTES == 0 for place in places.values())
-    assert places["embedding.table"] == places["embedding.codes"]
+    begins = {sum(chunk.size_bytes for chunk in data.chunks[:index]) for index in range(len(data.chunks))}
+    assert all(offset % PAGE_BYTES == 0 for offset in offsets.values())
+    assert set(offsets.values()) == begins
+    assert offsets["embedding.table"] == offsets["embedding.codes"]
 
 
-def test_recipes_make_variants_of_one_release(tmp_path: Path) -> None:
-    manifests = []
-    for recipe in Recipe:
-        (tmp_path / recipe).mkdir()
-        manifests.append(export_tiny(TinyLlama(), tmp_path / recipe, recipe))
-    assert manifests[0].release == manifests[1].release
-    assert manifests[0].variant != manifests[1].variant
-    assert model_of(manifests[0].release) == "tiny"
+def test_quality_tells_what_each_tensor_lost(tmp_path: Path, gpt_oss: Path) -> None:
+    make(gpt_oss, tmp_path / "exact", Recipe.CPU_INT8, Dense.EXACT)
+    make(gpt_oss, tmp_path / "lossy", Recipe.CPU_INT4)
+    exact, lossy = quality_in(tmp_path / "exact"), quality_in(tmp_path / "lossy")
+    assert exact.tensors.keys() == lossy.tensors.keys() == open_checkpoint(str(gpt_oss)).tensors.keys()
+    assert all(tensor.exact and tensor.max_error == 0 for tensor in exact.tensors.values())
+    experts = lossy.tensors["model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts.form == "4-bit blocks of 32"
+    assert experts.weights == TINY.experts * 2 * TINY.intermediate * TINY.hidden
+    assert 0.05 < experts.relative_rms < 0.1
+    assert 0 < lossy.tensors["lm_head.weight"].relative_rms < 0.01
+    assert lossy.tensors["model.layers.0.mlp.router.weight"].exact
+    assert lossy.totals.bytes == (tmp_path / "lossy" / DATA_FILE).stat().st_size
+    assert lossy.run == "not measured: the export was made with --no-run"
 
 
-def test_whatever_makes_another_model_makes_another_release() -> None:
-    first = release_digest("00", b"tokenizer", "template", 64)
-    others = [
-        release_digest("01", b"tokenizer", "template", 64),
-        release_digest("00", b"tokenizes", "template", 64),
-        release_digest("00", b"tokenizer", "templates", 64),
-        release_digest("00", b"tokenizer", "template", 65),
+def test_what_running_it_showed_stands_in_the_quality_report(tmp_path: Path, tiny_gguf: Path) -> None:
+    make(tiny_gguf, tmp_path / "release", Recipe.GGUF_EXACT, run=True)
+    run = quality_in(tmp_path / "release").run
+    assert not isinstance(run, str)
+    assert run.score.distance is not None
+    assert 0 < run.score.distance.kl_divergence < 0.05  # the activations are rounded to 8 bits
+    assert not (tmp_path / ".release.partial").exists()
+
+
+def test_recipes_make_variants_of_one_release(tmp_path: Path, gpt_oss: Path) -> None:
+    first, second = (make(gpt_oss, tmp_path / recipe, recipe) for recipe in (Recipe.CPU_INT8, Recipe.CUDA_FP4))
+    assert first.release == second.release
+    assert first.variant != second.variant
+    assert model_of(first.release) == "tiny"
+
+
+def test_other_shards_of_the_same_weights_are_the_same_release(tmp_path: Path, gpt_oss: Path) -> None:
+    other = write_checkpoint(tmp_path / "one-shard", replace(TINY, shard_bytes=1 << 30), tokenizer="tiny")
+    assert len(list(other.glob("*.safetensors"))) < len(list(gpt_oss.glob("*.safetensors")))
+    first, second = (make(folder, tmp_path / f"of-{folder.name}", Recipe.CPU_INT8) for folder in (gpt_oss, other))
+    assert first.release == second.release
+    assert first.source.sha256 == second.source.sha256
+
+
+def test_one_bit_of_one_weight_makes_another_release(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", TINY, tokenizer="tiny")
+    before = make(folder, tmp_path / "before", Recipe.CPU_INT8)
+    extent = open_checkpoint(str(folder)).extents("model.layers.3.mlp.experts.down_proj")[0]
+    data = bytearray(extent.path.read_bytes())
+    data[extent.offset + extent.size_bytes - 1] ^= 1
+    extent.path.write_bytes(data)
+    after = make(folder, tmp_path / "after", Recipe.CPU_INT8)
+    assert before.release != after.release
+    assert {file.path for file in before.files if file not in after.files} == {DATA_FILE, GRAPH_FILE}
+
+
+def test_whatever_makes_another_model_makes_another_release(gpt_oss: Path) -> None:
+    checkpoint = open_checkpoint(str(gpt_oss))
+
+    def changed(**changes: object) -> Checkpoint:
+        return replace(checkpoint, **changes)  # type: ignore[type-var]
+
+    def speaking(**changes: object) -> Checkpoint:
+        speech: Speech = replace(checkpoint.speech, **changes)  # type: ignore[arg-type]
+        return changed(speech=speech)
+
+    digests = [
+        release_digest("00", checkpoint),
+        release_digest("01", checkpoint),
+        release_digest("00", speaking(tokenizer_json=b"{}")),
+        release_digest("00", speaking(chat_template="{{ messages }}")),
+        release_digest("00", changed(spec=replace(checkpoint.spec, context_tokens=77))),
+        release_digest("00", changed(spec=replace(checkpoint.spec, norm_epsilon=1e-6))),
     ]
-    assert len({first, *others}) == 5
+    assert len(set(digests)) == len(digests)
+    assert release_digest("00", changed(name="another name")) == digests[0]
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path, tiny_gguf: Path) -> None:
-    first, second = (
-        export(Order(tiny_gguf, tmp_path / name, "tiny", Recipe.GGUF_EXACT)).manifest for name in ("a", "b")
-    )
-    assert first == second
+    for name in ("a", "b"):
+        make(tiny_gguf, tmp_path / name, Recipe.GGUF_EXACT, run=True)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_a_release_that_is_up_to_date_is_left_alone_unless_forced(tmp_path: Path, tiny_gguf: Path) -> None:
-    order = Order(tiny_gguf, tmp_path / "release", "tiny", Recipe.GGUF_EXACT)
+    order = Order(str(tiny_gguf), tmp_path / "release", "tiny", Recipe.GGUF_EXACT, run=False)
     assert export(order).fresh
     before = (order.out / DATA_FILE).stat().st_ino
     assert not export(order).fresh
     assert (order.out / DATA_FILE).stat().st_ino == before
-    assert export(Order(tiny_gguf, order.out, "tiny", Recipe.GGUF_EXACT, force=True)).fresh
+    assert export(replace(order, force=True)).fresh
     assert (order.out / DATA_FILE).stat().st_ino != before
 
 
-@pytest.mark.parametrize("recipe", [Recipe.GGUF_EXACT, Recipe.GGUF_PARITY])
-def test_a_release_that_is_damaged_or_of_another_recipe_is_written_again(
-    tmp_path: Path, tiny_gguf: Path, recipe: Recipe
+def test_a_release_that_was_never_run_is_not_up_to_date_for_who_wants_it_run(tmp_path: Path, tiny_gguf: Path) -> None:
+    order = Order(str(tiny_gguf), tmp_path / "release", "tiny", Recipe.GGUF_EXACT, run=False)
+    export(order)
+    assert export(replace(order, run=True)).fresh
+    assert not export(replace(order, run=True)).fresh
+    assert not export(order).fresh
+
+
+@pytest.mark.parametrize(
+    "change", [{"recipe": Recipe.GGUF_PARITY}, {"model": "other"}, {"source": "another"}, {"recipe": Recipe.GGUF_EXACT}]
+)
+def test_a_release_that_is_damaged_or_of_something_else_is_written_again(
+    tmp_path: Path, tiny_gguf: Path, change: dict[str, str]
 ) -> None:
-    out = tmp_path / "release"
-    export(Order(tiny_gguf, out, "tiny", Recipe.GGUF_EXACT))
-    with (out / DATA_FILE).open("r+b") as file:
-        file.write(b"\xff")
-    outcome = export(Order(tiny_gguf, out, "tiny", recipe))
+    order = Order(str(tiny_gguf), tmp_path / "release", "tiny", Recipe.GGUF_EXACT, run=False)
+    export(order)
+    if change == {"recipe": Recipe.GGUF_EXACT}:  # the very same, but for its last byte
+        data = bytearray((order.out / DATA_FILE).read_bytes())
+        data[-1] ^= 1
+        (order.out / DATA_FILE).write_bytes(data)
+    if "source" in change:
+        change = {"source": str(TinyLlama(tied_head=False).write(tmp_path / "other.gguf"))}
+    outcome = export(replace(order, **change))  # type: ignore[arg-type]
     assert outcome.fresh
-    assert all(matches(out, file) for file in outcome.manifest.files)
+    assert all(matches(order.out, file) for file in outcome.manifest.files)
 
 
-def test_verification_notices_one_flipped_bit(tmp_path: Path, tiny_gguf: Path) -> None:
-    export(Order(tiny_gguf, tmp_path / "release", "tiny", Recipe.GGUF_EXACT))
-    source = GgufFile(tiny_gguf)
-    spec = read_spec(source.metadata, source.tensors)
-    weights = build_graph(spec, Recipe.GGUF_EXACT).weights
-    written = WrittenRelease.open(tmp_path / "release", GRAPH_FILE)
-    check_weights(written, weights, Recipe.GGUF_EXACT, source)
-    for name, sentence in [
-        ("layers.1.mlp.down.scales", "weights of 'layers.1.mlp.down' cannot"),
-        ("rotary.sin", "'rotary.sin' was not written"),
-        ("head.norm", "'head.norm' was not written"),
-    ]:
-        place = {entry.key: entry.value for entry in written.initializers[name].external_data}
-        with (tmp_path / "release" / DATA_FILE).open("r+b") as file:
-            file.seek(int(place["offset"]))
-            kept = file.read(4)
-            file.seek(int(place["offset"]))
-            file.write(kept[:3] + bytes([kept[3] ^ 0x40]))  # the highest bit of a float's exponent
-            file.flush()
-            with pytest.raises(SourceError, match=sentence):
-                check_weights(written, weights, Recipe.GGUF_EXACT, source)
-            file.seek(int(place["offset"]))
-            file.write(kept)
+def test_a_release_of_an_older_format_is_replaced(tmp_path: Path, tiny_gguf: Path) -> None:
+    order = Order(str(tiny_gguf), tmp_path / "release", "tiny", Recipe.GGUF_EXACT, run=False)
+    export(order)
+    manifest = json.loads((order.out / MANIFEST_NAME).read_bytes())
+    (order.out / MANIFEST_NAME).write_text(json.dumps(manifest | {"format": 1}))
+    assert export(order).fresh
 
 
-def test_a_context_too_short_to_be_checked_is_refused(tmp_path: Path) -> None:
+def test_without_a_recipe_one_is_chosen_and_the_reason_said(tmp_path: Path, tiny_gguf: Path) -> None:
+    told: list[str] = []
+    outcome = export(Order(str(tiny_gguf), tmp_path / "release", "tiny", run=False), told.append)
+    assert told[0].startswith(f"--recipe auto takes {outcome.manifest.variant}: ")
+
+
+def test_an_unchanged_tensor_keeps_its_chunks_when_another_one_grows(tmp_path: Path) -> None:
+    """What delta transfer lives on: a model fine-tuned with a longer context has longer tables, nothing else."""
+    files = []
+    for context in (64, 4096):
+        source = TinyLlama(context_tokens=context).write(tmp_path / f"{context}.gguf")
+        manifest = make(source, tmp_path / str(context), Recipe.GGUF_EXACT)
+        files += [file for file in manifest.files if file.path == DATA_FILE]
+    shorter, longer = ({chunk.sha256 for chunk in file.chunks} for file in files)
+    assert len(shorter - longer) <= 2
+    assert count_intact(tmp_path / "64" / DATA_FILE, files[0].chunks) == len(files[0].chunks)
+
+
+def test_a_context_too_short_to_be_tried_is_refused(tmp_path: Path) -> None:
+    source = TinyLlama(context_tokens=17).write(tmp_path / "tiny.gguf")
     with pytest.raises(SourceError, match="context of 17 tokens"):
-        export_tiny(TinyLlama(context_tokens=17), tmp_path, Recipe.GGUF_EXACT)
-    assert not (tmp_path / "release").exists()
+        make(source, tmp_path / "release", Recipe.GGUF_EXACT, run=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
 def test_a_bad_model_name_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match="model name 'Bad Name'"):
-        export(Order(tmp_path / "missing.gguf", tmp_path / "release", "Bad Name", Recipe.GGUF_EXACT))
+        export(Order(str(tmp_path / "missing.gguf"), tmp_path / "release", "Bad Name", Recipe.GGUF_EXACT))
