@@ -35,6 +35,7 @@ Metadata: TypeAlias = Mapping[str, Value]
 #: 250 MB.
 MAX_HEADER_BYTES = 32 << 20
 MAX_AXES = 4
+MAX_NAME_BYTES = 128
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
@@ -83,7 +84,7 @@ def read_header(file: BinaryIO, size_bytes: int, where: str) -> Header:
     count_tensors, count_keys = cursor.unsigned(8), cursor.unsigned(8)
     metadata: dict[str, Value] = {}
     for _ in range(count_keys):
-        name = cursor.text()
+        name = cursor.name()
         if name in metadata:
             raise cursor.damaged(f"the key {name!r} comes twice")
         metadata[name] = _value(cursor, name)
@@ -119,8 +120,17 @@ class _Cursor:
     def unsigned(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
 
-    def text(self) -> str:
+    def name(self) -> str:
+        """A key's or tensor's name: short enough for an error to quote."""
         data = self.take(self.unsigned(8))
+        if len(data) > MAX_NAME_BYTES:
+            raise self.damaged(f"a name has {len(data)} bytes")
+        return self._decoded(data)
+
+    def text(self) -> str:
+        return self._decoded(self.take(self.unsigned(8)))
+
+    def _decoded(self, data: bytes) -> str:
         try:
             return data.decode()
         except UnicodeDecodeError as error:
@@ -196,7 +206,7 @@ def _alignment(cursor: _Cursor, metadata: Metadata) -> int:
 
 def _tensor(cursor: _Cursor) -> tuple[TensorInfo, int]:
     """One tensor and its offset in the data."""
-    name = cursor.text()
+    name = cursor.name()
     axes = cursor.unsigned(4)
     if not 1 <= axes <= MAX_AXES:
         raise cursor.damaged(f"the tensor {name!r} has {axes} axes")

@@ -109,6 +109,7 @@ def test_tensors_begin_where_the_alignment_puts_them() -> None:
         (file(key("a", ARRAY, struct.pack("<IQ", STRING, HUGE)), bytes(64), keys=1), "cut short"),
         (file(key("a", ARRAY, struct.pack("<IQIQ", ARRAY, 1, ARRAY, 1)), keys=1), "unknown type 9"),
         (file(key("a", 13, b""), keys=1), "unknown type 13"),
+        (file(key("a" * 300, 0, b"1"), keys=1), "a name has 300 bytes"),
         (file(key("a", STRING, struct.pack("<Q", 2) + b"\xff\xff"), keys=1), "not UTF-8"),
         (file(*[key("a", 0, b"\1")] * 2, keys=2), "'a' comes twice"),
         (file(key("general.alignment", 4, struct.pack("<I", 48)), keys=1), "alignment is 48"),
