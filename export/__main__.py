@@ -208,7 +208,7 @@ def _export_parser() -> argparse.ArgumentParser:
 def _verify_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export verify",
-        description="Check a release: its files against the manifest, its golden prompts on this machine, and with "
+        description="Check a release: its files against the manifest, its golden prompts on this machine, and with\n"
         "--reference every weight against the checkpoint.",
         epilog="example:\n  python -m export verify releases/gpt-oss-20b --reference openai/gpt-oss-20b\n\n"
         "exit codes: 0 sound, 2 broken or no release, 130 interrupted",
