@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.frames import Arguments, ItemEnd, ItemStart, Text
+from edge_node.engine.speech.harmony import HarmonySpeech
 from edge_node.engine.speech.harmony_format import Header, Marks, may_become_header, read_header
 from edge_node.engine.speech.harmony_parse import HarmonyParser
 from tests.edge_node.harmony_speeches import check_one_text_an_id, joined, tiny
+from tests.fakes import fake_manifest
 
 ANSWER = "<|channel|>final<|message|>"
 CALL = '<|channel|>commentary to=functions.look <|constrain|>json<|message|>{"q":1}<|call|>'
@@ -113,6 +116,15 @@ def test_a_stop_id_of_the_release_ends_the_response() -> None:
     assert said[-1] == [ItemEnd()] and parser.stopped
 
 
+def test_end_is_no_stop_id_even_where_the_release_lists_it() -> None:
+    speech = tiny().speech
+    manifest = msgspec.structs.replace(fake_manifest(), stop_ids=[tiny().id("<|end|>")])
+    listed = HarmonySpeech(manifest, speech._tokenizer, speech.table, speech.special).start()
+    for token in tiny().ids(f"{ANSWER}Hi<|end|>"):
+        listed.push(token)
+    assert not listed.stopped
+
+
 def test_reasoning_tokens_are_the_content_of_reasoning() -> None:
     parser = parser_after(f"<|channel|>analysis<|message|>123<|end|><|start|>assistant{ANSWER}45<|return|>")
     assert parser.reasoning_tokens == 3
@@ -143,6 +155,10 @@ def test_a_header_that_is_none_is_text(text: str) -> None:
 
 def test_plain_text_is_not_held_back() -> None:
     assert tiny().hear(tiny().ids("Hello"))[0] == [ItemStart("message"), Text("H")]
+
+
+def test_a_header_without_end_is_not_held_back() -> None:
+    assert hear("to=" + "x" * 600) == [("message", "", "", "to=" + "x" * 600)]
 
 
 @pytest.mark.parametrize("role", ["user", "system", "functions.look to=assistant", "assistant2", "Assistant"])
@@ -185,6 +201,8 @@ def test_terminators_that_end_nothing_say_nothing() -> None:
 def test_text_after_a_message_is_a_message() -> None:
     said = hear(f"{ANSWER}Hi<|end|>and <|message|>so<|start|>on<|return|>")
     assert said[1:] == [("message", "", "", "and <|message|>so<|start|>on")]
+    said = hear(f"{ANSWER}Hi<|end|><|message|>so<|start|>on<|return|>")
+    assert said[1:] == [("message", "", "", "<|message|>so<|start|>on")]
 
 
 def test_ids_that_nobody_knows_have_no_text() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from random import Random
 
 import msgspec
@@ -183,10 +182,6 @@ def apart(text: str) -> list[int]:
 MERGED = "the then"
 
 
-def contains(ids: Sequence[int], part: Sequence[int]) -> bool:
-    return any(list(ids[at : at + len(part)]) == list(part) for at in range(len(ids)))
-
-
 def test_the_next_prompt_holds_exactly_what_the_model_saw_and_said() -> None:
     assert apart(MERGED) != tiny().ids(MERGED)
     items = [user("hi")]
@@ -203,8 +198,10 @@ def test_a_header_that_was_generated_is_re_read_as_it_was() -> None:
     header = tiny().ids("<|start|>assistant<|channel|>commentary to=functions.look <|constrain|>json<|message|>")
     item = generated(call(), header + apart("{}"))
     without_start = generated(call(), header[1 + len(tiny().ids("assistant")) :] + apart("{}"))
+    before, answer = tiny().ids(SYSTEM), tiny().ids("<|start|>assistant")
     for known in (item, without_start):
-        assert contains(tiny().speech.render([known], RELEASE), [*header, *apart("{}"), tiny().id("<|call|>")])
+        ids = tiny().speech.render([known], RELEASE)
+        assert ids == [*before, *header, *apart("{}"), tiny().id("<|call|>"), *answer]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +217,12 @@ def test_a_header_that_was_generated_is_re_read_as_it_was() -> None:
 def test_ids_that_mean_something_else_are_not_used(ids: str) -> None:
     odd = generated(said(MERGED), tiny().ids(ids))
     assert tiny().speech.render([odd], RELEASE) == tiny().speech.render([said(MERGED)], RELEASE)
+
+
+def test_special_tokens_that_were_generated_in_a_text_are_plain_text_from_then_on() -> None:
+    item = said("the<|start|>")
+    odd = generated(item, tiny().ids("<|message|>the<|start|>"))
+    assert tiny().speech.render([odd], RELEASE) == tiny().speech.render([item], RELEASE)
 
 
 def test_a_header_that_says_something_else_is_written_anew() -> None:
