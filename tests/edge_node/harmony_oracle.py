@@ -57,7 +57,8 @@ class Oracle:
 
         conversation = Conversation.from_messages(_messages(items, setting))
         config = RenderConversationConfig(auto_drop_analysis=drop)
-        return self._encoding.render_conversation_for_completion(conversation, Role.ASSISTANT, config)
+        ids: list[int] = self._encoding.render_conversation_for_completion(conversation, Role.ASSISTANT, config)
+        return ids
 
     def hear(self, ids: list[int]) -> list[Heard] | None:
         """The complete messages in an answer; None where the library raises."""
