@@ -17,7 +17,7 @@ from core.conversation import Item
 from core.frames import Delta, Generate, ItemEnd, ItemStart, Sampling, Text
 from core.manifest import FORMAT, KvShape, Manifest, Source
 from edge_node.engine.sampling import sample
-from edge_node.engine.speech import SpeechError
+from edge_node.engine.speech import PLAIN, Setting, SpeechError
 from edge_node.engine.step import Chunk, Decode, Logits, StepPlan, StepResult
 
 STOP_ID = 0
@@ -92,13 +92,13 @@ def generate(
 class FakeSpeech:
     """A letter is an id; id n says a letter, STOP_ID ends. Contents with a '!' cannot be rendered."""
 
-    def render(self, items: list[Item], release: str) -> list[int]:
+    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
         """One id for each character of each item."""
         if any("!" in item.text for item in items):
             raise SpeechError("This conversation cannot be rendered.")
         return [1 + ord(letter) % (TOKENIZER_SIZE - 1) for item in items for letter in item.text]
 
-    def least_tokens(self, items: list[Item], release: str) -> int:
+    def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:
         return sum(len(item.text) // 2 for item in items)
 
     def start(self, stop: Sequence[str] = ()) -> FakeParser:
@@ -109,6 +109,7 @@ class FakeParser:
     """Says one letter an id; pushing id `breaks_on` raises, as a bug in a parser would."""
 
     breaks_on = -1
+    reasoning_tokens = 0
 
     def __init__(self) -> None:
         self.stopped = False

@@ -22,7 +22,7 @@ from edge_node.engine.limits import EngineLimits
 from edge_node.engine.sampling import sample
 from edge_node.engine.scheduler import Advanced, Scheduler
 from edge_node.engine.sequence import Sequence
-from edge_node.engine.speech import Speech
+from edge_node.engine.speech import Setting, Speech
 from edge_node.engine.step import Logits, StepPlan, StepResult
 from edge_node.engine.window import Fitted, fit, fit_by_dropping
 
@@ -183,13 +183,14 @@ class Engine:
         """A continued response keeps the cut that its first ids were generated under."""
 
         release, most = self._manifest.release, self._limits.context_tokens
+        setting = Setting(request.tools, request.format, request.effort)
 
         def render(items: list[Item]) -> list[int]:
             # Megabytes would take seconds to encode, in which nobody else is answered.
-            least = self._speech.least_tokens(items, release)
+            least = self._speech.least_tokens(items, release, setting)
             if least >= most:
                 raise ContextTooLong(least, most, at_least=True)
-            return self._speech.render(items, release)
+            return self._speech.render(items, release, setting)
 
         if request.truncation == "disabled" or request.output_ids:
             return fit(request.items, render, most, request.dropped_items)

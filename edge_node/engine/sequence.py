@@ -76,7 +76,12 @@ class Sequence:
         return self._parser.push(token, last=len(self.output) >= self._most_output)
 
     def usage(self) -> Usage:
-        return Usage(input_tokens=len(self.prompt), cached_tokens=0, output_tokens=len(self.output))
+        return Usage(
+            input_tokens=len(self.prompt),
+            cached_tokens=0,
+            output_tokens=len(self.output),
+            reasoning_tokens=self._parser.reasoning_tokens,
+        )
 
     def timings(self, now_s: float) -> Timings:
         """Up to now; a stage that was not reached lasted until now or not at all."""

@@ -8,8 +8,8 @@ from core.errors import ReleaseError
 from core.manifest import Manifest
 
 
-def template_of(manifest: Manifest, device: Literal["cpu", "cuda"]) -> str:
-    """The chat template's file; raises ReleaseError, saying what to do, for a release that cannot be served here."""
+def check_servable(manifest: Manifest, device: Literal["cpu", "cuda"]) -> None:
+    """Raise ReleaseError, saying what to do, for a release that cannot be served on this device."""
     if manifest.device != device:
         raise ReleaseError(
             f"{manifest.release} ({manifest.variant}) is laid out for {manifest.device}, this node's device is "
@@ -20,8 +20,3 @@ def template_of(manifest: Manifest, device: Literal["cpu", "cuda"]) -> str:
             f"{manifest.release} ({manifest.variant}) needs the operator {manifest.operators[0]}, which this version "
             "does not have; export it with another recipe."
         )
-    if manifest.speech != "chat_template" or manifest.chat_template is None:
-        raise ReleaseError(
-            f"{manifest.release} speaks in the {manifest.speech} format, which this version of the node does not."
-        )
-    return manifest.chat_template

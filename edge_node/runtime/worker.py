@@ -30,7 +30,7 @@ from core.errors import EdgechatError, FrameError, ReleaseError
 from core.frames import Cancel, Generate, Rates
 from edge_node.logs import setup_logging
 from edge_node.release.model_store import Release, open_release, verify
-from edge_node.release.servable import template_of
+from edge_node.release.servable import check_servable
 from edge_node.runtime.pipe import (
     HEADER_BYTES,
     Beat,
@@ -245,12 +245,12 @@ def _open_release(load: Load) -> Release:
 def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
     # Imported here, so that a missing package is told to the node like every other reason not to serve.
     from edge_node.engine.engine import Engine, EngineLimits
-    from edge_node.engine.speech import ChatTemplateSpeech
+    from edge_node.engine.speech import open_speech
     from edge_node.runtime.runner import Runner
 
     manifest = release.manifest
-    template = release.read_text(template_of(manifest, load.device))
-    speech = ChatTemplateSpeech.from_files(manifest, release.read_text(manifest.tokenizer), template)
+    check_servable(manifest, load.device)
+    speech = open_speech(manifest, release.read_text)
     limits = EngineLimits(
         slots=load.slots,
         context_tokens=load.context_tokens,

@@ -23,9 +23,8 @@ from core.frames import Generate, Row, Sampling
 from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
 from edge_node.engine.engine import Engine, EngineLimits
 from edge_node.engine.sampling import sample
-from edge_node.engine.speech import ChatTemplateSpeech
+from edge_node.engine.speech import open_speech
 from edge_node.engine.step import Chunk, Decode, StepPlan
-from edge_node.release.servable import template_of
 from edge_node.runtime.runner import Runner
 
 SLOTS = 8
@@ -89,9 +88,7 @@ def bare_step_s(runner: Runner, streams: int, steps: int) -> float:
 def engine_step_s(runner: Runner, folder: Path, manifest: Manifest, streams: int, steps: int) -> float:
     """Median seconds of a step in which all streams write, sampled at temperature 0.7 and top-p 0.95."""
     endless = Manifest(**{**{name: getattr(manifest, name) for name in Manifest.__struct_fields__}, "stop_ids": []})
-    speech = ChatTemplateSpeech.from_files(
-        endless, (folder / manifest.tokenizer).read_text(), (folder / template_of(manifest, "cpu")).read_text()
-    )
+    speech = open_speech(endless, lambda name: (folder / name).read_text())
     limits = EngineLimits(slots=SLOTS, context_tokens=CONTEXT_TOKENS, max_waiting=0, max_stall_ms=60_000)
     engine = Engine(endless, speech, limits)
     for stream in range(streams):

@@ -17,9 +17,8 @@ from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
 from edge_node.engine import engine as engine_module
 from edge_node.engine.engine import Engine, EngineLimits
 from edge_node.engine.sampling import sample
-from edge_node.engine.speech import ChatTemplateSpeech
+from edge_node.engine.speech import Speech, open_speech
 from edge_node.engine.step import Logits, StepPlan, StepResult
-from edge_node.release.servable import template_of
 from edge_node.runtime.runner import DeviceUnavailable, Runner
 
 SLOTS = 8
@@ -36,9 +35,8 @@ def manifest(smollm2_release: Path) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def speech(smollm2_release: Path, manifest: Manifest) -> ChatTemplateSpeech:
-    tokenizer, template = smollm2_release / manifest.tokenizer, smollm2_release / template_of(manifest, "cpu")
-    return ChatTemplateSpeech.from_files(manifest, tokenizer.read_text(), template.read_text())
+def speech(smollm2_release: Path, manifest: Manifest) -> Speech:
+    return open_speech(manifest, lambda name: (smollm2_release / name).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +82,7 @@ class Said:
 
 
 def say(
-    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech, requests: list[Generate], **options: int
+    runner: Runner, manifest: Manifest, speech: Speech, requests: list[Generate], **options: int
 ) -> dict[str, Said]:
     """Run the requests to their end; `apart` steps lie between one arrival and the next."""
     apart, chunk_tokens = options.get("apart", 0), options.get("chunk_tokens", 256)
@@ -112,7 +110,7 @@ def say(
 
 
 def test_eight_chats_at_once_give_bit_for_bit_what_each_gives_alone(
-    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech, bits: dict[tuple[int, int], str]
+    runner: Runner, manifest: Manifest, speech: Speech, bits: dict[tuple[int, int], str]
 ) -> None:
     requests = [request(manifest, number) for number in range(8)]
     alone: dict[str, Said] = {}
@@ -130,7 +128,7 @@ def test_eight_chats_at_once_give_bit_for_bit_what_each_gives_alone(
 
 @pytest.mark.parametrize("chunk_tokens", [2, 7, 24, 64])
 def test_chunk_lengths_and_padding_change_no_bit(
-    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech, bits: dict[tuple[int, int], str], chunk_tokens: int
+    runner: Runner, manifest: Manifest, speech: Speech, bits: dict[tuple[int, int], str], chunk_tokens: int
 ) -> None:
     prompt = speech.render(request(manifest, 0).items, manifest.release)
     assert len(prompt) < 48, "one chunk of 48 is padded"
@@ -144,7 +142,7 @@ def test_chunk_lengths_and_padding_change_no_bit(
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_a_continued_answer_is_the_uninterrupted_one(
-    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech, bits: dict[tuple[int, int], str], number: int
+    runner: Runner, manifest: Manifest, speech: Speech, bits: dict[tuple[int, int], str], number: int
 ) -> None:
     whole = say(runner, manifest, speech, [request(manifest, number)])[f"s{number}"]
     bits_whole = dict(bits)
@@ -157,7 +155,7 @@ def test_a_continued_answer_is_the_uninterrupted_one(
 
 
 def test_an_answer_that_is_cut_inside_a_character_goes_on_with_the_whole_character(
-    runner: Runner, manifest: Manifest, speech: ChatTemplateSpeech
+    runner: Runner, manifest: Manifest, speech: Speech
 ) -> None:
     # Hot enough to say rare characters, whose bytes are spread over several ids.
     hot = Sampling(2.0, 1.0, 4000)
@@ -180,7 +178,7 @@ def test_one_thread_and_two_give_the_same_bits(
     smollm2_release: Path,
     runner: Runner,
     manifest: Manifest,
-    speech: ChatTemplateSpeech,
+    speech: Speech,
     bits: dict[tuple[int, int], str],
 ) -> None:
     requests = [request(manifest, number, most=4) for number in (1, 2)]
@@ -192,7 +190,7 @@ def test_one_thread_and_two_give_the_same_bits(
     assert bits == one_thread and len(bits) == 8
 
 
-def test_the_next_turn_begins_with_what_was_seen_and_said(manifest: Manifest, speech: ChatTemplateSpeech) -> None:
+def test_the_next_turn_begins_with_what_was_seen_and_said(manifest: Manifest, speech: Speech) -> None:
     first = [Item("message", "user", "Hi")]
     prompt = speech.render(first, manifest.release)
     generated = [4093, 28, 638, 506]
@@ -202,7 +200,7 @@ def test_the_next_turn_begins_with_what_was_seen_and_said(manifest: Manifest, sp
 
 
 def test_a_warm_up_teaches_the_engine_its_rates(
-    opened: tuple[Runner, list[tuple[StepPlan, StepResult]]], manifest: Manifest, speech: ChatTemplateSpeech
+    opened: tuple[Runner, list[tuple[StepPlan, StepResult]]], manifest: Manifest, speech: Speech
 ) -> None:
     engine = Engine(manifest, speech, EngineLimits(slots=SLOTS, context_tokens=CONTEXT, max_waiting=0))
     for plan, result in opened[1]:

@@ -6,12 +6,12 @@ import msgspec
 import pytest
 
 from core.errors import ReleaseError
-from edge_node.release.servable import template_of
+from edge_node.release.servable import check_servable
 from tests.edge_node.fake_engine import MANIFEST
 
 
-def test_a_release_for_this_device_is_served_with_its_template() -> None:
-    assert template_of(MANIFEST, "cpu") == "chat_template.jinja"
+def test_a_release_for_this_device_can_be_served() -> None:
+    check_servable(MANIFEST, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -19,11 +19,10 @@ def test_a_release_for_this_device_is_served_with_its_template() -> None:
     [
         ({"device": "cuda"}, "laid out for cuda, this node's device is cpu; export it with a cpu recipe"),
         ({"operators": ["edgechat.MoeMxfp4"]}, "needs the operator edgechat.MoeMxfp4"),
-        ({"speech": "harmony", "chat_template": None}, "speaks in the harmony format"),
     ],
 )
 def test_a_release_that_cannot_be_served_here_says_why(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ReleaseError) as refused:
-        template_of(msgspec.structs.replace(MANIFEST, **changes), "cpu")
+        check_servable(msgspec.structs.replace(MANIFEST, **changes), "cpu")
     assert words in refused.value.message
     assert MANIFEST.release in refused.value.message

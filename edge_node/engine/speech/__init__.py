@@ -6,17 +6,41 @@ to another node. Does not know sequences, slots or frames other than deltas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from core.conversation import Item
+from core.errors import ReleaseError
 from core.frames import Delta
+from core.manifest import Manifest
 from edge_node.engine.speech.chat_template import ChatTemplateSpeech, SpeechError
 from edge_node.engine.speech.harmony import HarmonySpeech
 from edge_node.engine.speech.harmony_render import Rendered
-from edge_node.engine.speech.setting import Setting
+from edge_node.engine.speech.setting import PLAIN, Setting
 
-__all__ = ["ChatTemplateSpeech", "HarmonySpeech", "Parser", "Rendered", "Setting", "Speech", "SpeechError"]
+__all__ = [
+    "PLAIN",
+    "ChatTemplateSpeech",
+    "HarmonySpeech",
+    "Parser",
+    "Rendered",
+    "Setting",
+    "Speech",
+    "SpeechError",
+    "open_speech",
+]
+
+
+def open_speech(manifest: Manifest, read_text: Callable[[str], str]) -> Speech:
+    """The speech that a manifest names, from its release's files; raises ReleaseError."""
+    tokenizer = read_text(manifest.tokenizer)
+    match manifest.speech:
+        case "harmony":
+            return HarmonySpeech.from_files(manifest, tokenizer)
+        case "chat_template":
+            if manifest.chat_template is None:
+                raise ReleaseError(f"{manifest.release} names no chat template; export the model again.")
+            return ChatTemplateSpeech.from_files(manifest, tokenizer, read_text(manifest.chat_template))
 
 
 class Parser(Protocol):
@@ -24,6 +48,11 @@ class Parser(Protocol):
 
     @property
     def stopped(self) -> bool: ...
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of the ids so far were reasoning."""
+        ...
 
     def push(self, token: int, last: bool = False) -> list[Delta]:
         """What this id makes the model say. last: no further id will come, so hold nothing back."""
@@ -33,11 +62,11 @@ class Parser(Protocol):
 class Speech(Protocol):
     """One model family's way of speaking."""
 
-    def render(self, items: list[Item], release: str) -> list[int]:
+    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
         """Prompt ids, up to where the answer begins; raises SpeechError."""
         ...
 
-    def least_tokens(self, items: list[Item], release: str) -> int:
+    def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:
         """A number of ids that `render` cannot stay below, found without encoding anything."""
         ...
 

@@ -23,7 +23,9 @@ from core.conversation import Item
 from core.errors import ReleaseError, ServiceError
 from core.frames import Delta, ItemEnd, ItemStart, Text
 from core.manifest import Manifest
-from edge_node.engine.speech.detokeniser import Detokeniser, byte_table
+from edge_node.engine.speech.detokeniser import Detokeniser, byte_table, drops_first_space
+from edge_node.engine.speech.prompt import PromptEncoder
+from edge_node.engine.speech.setting import PLAIN, Setting
 from edge_node.engine.speech.stop_strings import StopStrings
 
 # What a template may write around the contents.
@@ -41,17 +43,14 @@ class SpeechError(ServiceError):
 class ChatTemplateSpeech:
     """Speech of a release whose manifest says `chat_template`."""
 
-    def __init__(
-        self, manifest: Manifest, plain: Tokenizer, marked: Tokenizer, table: list[bytes], template: str
-    ) -> None:
+    def __init__(self, manifest: Manifest, encoder: PromptEncoder, drop_first_space: bool, template: str) -> None:
+        """drop_first_space: of an answer, see `detokeniser.drops_first_space`."""
         self._stop_ids = frozenset(manifest.stop_ids)
-        self._plain = plain
-        self._marked = marked
-        self._table = table
-        self._longest_bytes = max(map(len, table), default=0) or 1
+        self._encoder = encoder
+        self._drop_first_space = drop_first_space
         self._variables = {
-            "bos_token": _token(marked, manifest.bos_id),
-            "eos_token": _token(marked, *manifest.stop_ids[:1]),
+            "bos_token": _token(encoder.marked, manifest.bos_id),
+            "eos_token": _token(encoder.marked, *manifest.stop_ids[:1]),
         }
         try:
             self._template = _environment().from_string(template)
@@ -62,45 +61,39 @@ class ChatTemplateSpeech:
     def from_files(cls, manifest: Manifest, tokenizer_json: str, template: str) -> ChatTemplateSpeech:
         """From the contents of the release's files; raises ReleaseError."""
         try:
-            # Two, because whether special tokens are recognised is a property of the object.
-            plain, marked = Tokenizer.from_str(tokenizer_json), Tokenizer.from_str(tokenizer_json)
+            Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
             raise ReleaseError(f"{manifest.tokenizer} is not a tokenizer: {error}; export the model again.") from error
-        plain.encode_special_tokens = True
-        return cls(manifest, plain, marked, byte_table(msgspec.json.decode(tokenizer_json)), template)
+        parsed = msgspec.json.decode(tokenizer_json)
+        encoder = PromptEncoder(tokenizer_json, byte_table(parsed))
+        return cls(manifest, encoder, drops_first_space(parsed), template)
 
-    def render(self, items: list[Item], release: str) -> list[int]:
-        """Prompt ids with the generation prompt at the end; raises SpeechError."""
+    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
+        """Prompt ids with the generation prompt at the end; raises SpeechError. Such a template knows no settings."""
         said = [
             _Said.of(item, item.ids if item.release == release else None) for item in items if item.kind != "reasoning"
         ]
-        ids: list[int] = []
+        prompt = self._encoder.start()
         for index, piece in enumerate(_PLACEHOLDERS.split(self._fill([message.role for message in said]))):
-            ids += (
-                self._content(said[int(piece)])
-                if index % 2
-                else self._marked.encode(piece, add_special_tokens=False).ids
-            )
-        return ids
+            if index % 2 == 0:
+                prompt.write(piece)
+            elif (ids := said[int(piece)].ids) is not None:
+                prompt.repeat(ids)
+            else:
+                prompt.say(said[int(piece)].text)
+        return prompt.finish()
 
-    def least_tokens(self, items: list[Item], release: str) -> int:
-        """No id has more bytes than the longest; a normaliser may shorten text, so then only ids count."""
-        shortens = self._plain.normalizer is not None
-        known = [item.ids if item.release == release else None for item in items if item.kind != "reasoning"]
-        texts = [item.text for item in items if item.kind != "reasoning"]
+    def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:
+        """What `PromptEncoder.least` says of each content."""
+        said = [item for item in items if item.kind != "reasoning"]
         return sum(
-            len(ids) if ids is not None else 0 if shortens else len(text.encode()) // self._longest_bytes
-            for ids, text in zip(known, texts, strict=True)
+            len(item.ids) if item.ids is not None and item.release == release else self._encoder.least(item.text)
+            for item in said
         )
 
     def start(self, stop: Sequence[str] = ()) -> ChatTemplateParser:
-        return ChatTemplateParser(Detokeniser(self._table), self._stop_ids, StopStrings(stop))
-
-    def _content(self, said: _Said) -> list[int]:
-        if said.ids is not None:
-            return said.ids
-        encoded: list[int] = self._plain.encode(said.text, add_special_tokens=False).ids
-        return encoded
+        detokeniser = Detokeniser(self._encoder.table, self._drop_first_space)
+        return ChatTemplateParser(detokeniser, self._stop_ids, StopStrings(stop))
 
     def _fill(self, roles: list[str]) -> str:
         messages = [{"role": role, "content": _PLACEHOLDER.format(index)} for index, role in enumerate(roles)]
@@ -132,6 +125,11 @@ class ChatTemplateParser:
         self._stops = stops
         self._opened = False
         self._closed = False
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """What it says is all answer."""
+        return 0
 
     @property
     def stopped(self) -> bool:

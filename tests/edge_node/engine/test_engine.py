@@ -9,6 +9,7 @@ import pytest
 from core.conversation import Item
 from core.frames import Done, Failed, Progress, Row, Started, Text, Usage
 from edge_node.engine.engine import Engine, EngineLimits, Output
+from edge_node.engine.speech import PLAIN, Setting
 from tests.fakes import STOP_ID, FakeParser, FakeRunner, FakeSpeech, fake_manifest, generate, said_alone
 
 CONTEXT = 64
@@ -244,7 +245,7 @@ def test_a_format_that_cannot_be_kept_is_refused() -> None:
 @pytest.mark.parametrize("truncation", ["disabled", "auto"])
 def test_a_conversation_far_too_long_is_refused_without_being_read(truncation: Literal["auto", "disabled"]) -> None:
     class Unreading(FakeSpeech):
-        def render(self, items: list[Item], release: str) -> list[int]:
+        def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
             raise AssertionError("this would take long")
 
     limits = EngineLimits(slots=1, context_tokens=CONTEXT, max_waiting=1)
