@@ -101,17 +101,23 @@ def measure(folder: Path, manifest: Manifest, window_tokens: int, reference: Ref
     if obstacle := _obstacle(folder, manifest):
         return CannotRun(obstacle)
     text = text_ids(folder, manifest)
-    expected, label = None, reference.label
-    if reference.graph is not None:
-        expected = reference.graph.with_suffix(".logits.npy")
-        written = _in_child(_write_logits, reference.graph, text, expected)
-        if isinstance(written, CannotRun):
-            expected, label = None, f"the float32 form cannot run here: {written.reason}"
+    if reference.graph is None:
+        return _in_child(_measure, folder, manifest, window_tokens, text, None, reference.label)
+    expected = reference.graph.with_suffix(".logits.npy")
     try:
-        return _in_child(_measure, folder, manifest, window_tokens, text, expected, label)
+        written = _written_logits(reference.graph, text, expected)
+        if isinstance(written, CannotRun):
+            label = f"none, the float32 form cannot run here: {written.reason}"
+            return _in_child(_measure, folder, manifest, window_tokens, text, None, label)
+        return _in_child(_measure, folder, manifest, window_tokens, text, expected, reference.label)
     finally:
-        if expected is not None:
-            expected.unlink(missing_ok=True)
+        expected.unlink(missing_ok=True)
+
+
+def _written_logits(graph: Path, text: list[int], target: Path) -> CannotRun | None:
+    if obstacle := _shortage(graph.parent):
+        return CannotRun(obstacle)
+    return _in_child(_write_logits, graph, text, target)
 
 
 def retrace_all(folder: Path, manifest: Manifest) -> list[Retraced] | CannotRun:
@@ -342,6 +348,11 @@ def _obstacle(folder: Path, manifest: Manifest) -> str | None:
     """What can be seen beforehand that keeps a release from running here."""
     if manifest.operators:
         return f"ONNX Runtime does not have the operator {' or '.join(manifest.operators)}; a node brings it."
+    return _shortage(folder)
+
+
+def _shortage(folder: Path) -> str | None:
+    """Whether the memory that is free holds what lies in a folder."""
     needed = sum(file.stat().st_size for file in folder.iterdir()) + _BESIDE_WEIGHTS_BYTES
     available = hardware.memory().available_bytes
     if needed > available:

@@ -1,33 +1,51 @@
-"""The real small model against independent implementations: transformers, and llama.cpp's rules written out."""
+"""The real small model against independent implementations: transformers, and llama.cpp's rules written out; then
+against itself in float32, and in a node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import regex  # type: ignore[import-untyped]
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, pre_tokenizers
 
-from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
+from core.frames import Sampling
+from core.manifest import MANIFEST_NAME, Golden, Manifest, decode_manifest
+from edge_node.engine.sampling import sample
+from edge_node.engine.step import Chunk, Decode, Logits, StepPlan
+from edge_node.runtime.runner import Runner
 from export.build import Order, export
-from export.gguf import GgufFile
-from export.quantize import Doubles
+from export.quality import Distance, Part, Score, score
+from export.quality_report import QualityReport, decode_report
 from export.recipes import Recipe
+from export.report import Verdict
+from export.run import text_ids
+from export.values import Floats
+from export.verify import verify
 from tests.export.byte_alphabet import BYTE_LETTERS
-from tests.export.graph_runner import log_softmax, logits_of
+from tests.export.graph_runner import logits_of
 from tests.export.strings import strings
 
-PASSAGE = Path(__file__).with_name("passage.txt").read_text()
-COUNT_TOKENS = 512
 COUNT_STRINGS = 3000
+SLOTS = 3
 
 # Reading a GGUF takes transformers 20 s on an idle machine, several times that beside other tests.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def manifest_of(release: Path) -> Manifest:
+    return decode_manifest((release / MANIFEST_NAME).read_bytes(), str(release))
+
+
+def report_of(release: Path) -> QualityReport:
+    return decode_report((release / "quality.json").read_bytes(), "quality.json")
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +54,28 @@ def tokenizer(smollm2_release: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def ids(tokenizer: Tokenizer) -> list[int]:
-    passage: list[int] = tokenizer.encode(PASSAGE).ids
-    assert len(passage) > COUNT_TOKENS
-    return passage[: COUNT_TOKENS + 1]
+def ids(smollm2_release: Path) -> list[int]:
+    passage = text_ids(smollm2_release, manifest_of(smollm2_release))
+    assert 700 < len(passage) < 900
+    return passage
 
 
 @pytest.fixture(scope="module")
-def expected(smollm2_gguf: Path, ids: list[int]) -> Doubles:
-    """Logits of transformers' model, dequantised to float32."""
+def their_model(smollm2_gguf: Path) -> Any:
+    """transformers' model, dequantised to float32."""
     import torch  # takes seconds: only for the tests that ask for it
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(their_model: Any, ids: list[int]) -> Floats:
+    """Its logits of every id of the passage but the last."""
+    import torch
+
     with torch.no_grad():
-        logits: Doubles = model(torch.tensor([ids[:COUNT_TOKENS]])).logits[0].double().numpy()
+        logits: Floats = their_model(torch.tensor([ids[:-1]])).logits[0].numpy()
     return logits
 
 
@@ -62,47 +87,127 @@ def their_tokenizer(smollm2_gguf: Path) -> Any:
     return AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
 
 
-def compare(name: str, expected: Doubles, found: Doubles, ids: list[int]) -> tuple[float, float]:
-    """Print and return (mean KL divergence, share of equal top-1)."""
-    theirs, ours = log_softmax(expected), log_softmax(found)
-    divergence = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
-    same = float((expected.argmax(-1) == found.argmax(-1)).mean())
-    rows, following = np.arange(COUNT_TOKENS), np.array(ids[1:])
-    perplexities = [float(np.exp(-chances[rows, following].mean())) for chances in (theirs, ours)]
+@pytest.fixture(scope="module")
+def hf_folder(their_model: Any, their_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as people have it from the hub: safetensors in bf16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = their_model.config.to_dict()
+    settings.pop("quantization_config", None)  # transformers does not save what it has read from a GGUF
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(their_model.state_dict())
+    folder = tmp_path_factory.mktemp("hf") / "smollm2"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    their_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def distance_of(name: str, found: Score) -> Distance:
+    """Print and return how far a release is from its reference."""
+    distance = found.distance
+    assert distance is not None
     print(
-        f"\n{name}: KL {divergence:.2e}, top-1 {same:.2%}, perplexity {perplexities[1]:.3f} "
-        f"(source {perplexities[0]:.3f}), largest difference {np.abs(expected - found).max():.2e}"
+        f"\n{name}: KL {distance.kl_divergence:.2e}, top-1 {distance.top1_agreement:.2%}, perplexity "
+        f"{found.perplexity:.3f} (reference {distance.perplexity:.3f}), largest difference "
+        f"{distance.largest_difference:.2e}"
     )
-    return divergence, same
+    return distance
 
 
-def manifest_of(release: Path) -> Manifest:
-    return decode_manifest((release / MANIFEST_NAME).read_bytes(), str(release))
+def from_transformers(release: Path, expected: Floats, ids: list[int]) -> Distance:
+    """The distance of a release's logits from transformers'."""
+    manifest = manifest_of(release)
+    found = logits_of(release / manifest.graph, manifest.kv, ids[:-1]).astype(np.float32)
+    return distance_of(manifest.variant, score([Part(found, np.array(ids[1:]), expected)]))
 
 
 def test_the_oracle_form_agrees_with_transformers_on_every_token(
-    tmp_path: Path, smollm2_gguf: Path, expected: Doubles, ids: list[int]
+    tmp_path: Path, smollm2_gguf: Path, expected: Floats, ids: list[int]
 ) -> None:
-    manifest = export(Order(smollm2_gguf, tmp_path / "release", "smollm2-135m", Recipe.GGUF_PARITY)).manifest
+    manifest = export(Order(str(smollm2_gguf), tmp_path / "release", "smollm2-135m", Recipe.GGUF_PARITY)).manifest
     # Float kernels take another path for a single row: that is why this form is an oracle and not served.
     assert manifest.claims["chunks"].startswith("bit-identical")
-    found = logits_of(tmp_path / "release" / manifest.graph, manifest.kv, ids[:COUNT_TOKENS])
-    divergence, same = compare("gguf-parity", expected, found, ids)
-    assert same == 1
-    assert divergence < 1e-9
-    assert np.abs(expected - found).max() < 1e-3
+    distance = from_transformers(tmp_path / "release", expected, ids)
+    assert distance.top1_agreement == 1
+    assert distance.kl_divergence < 1e-9
+    assert distance.largest_difference < 1e-3
 
 
-def test_the_served_form_is_near_transformers(smollm2_release: Path, expected: Doubles, ids: list[int]) -> None:
-    manifest = manifest_of(smollm2_release)
-    found = logits_of(smollm2_release / manifest.graph, manifest.kv, ids[:COUNT_TOKENS])
-    divergence, same = compare("gguf-exact", expected, found, ids)
-    assert divergence < 0.01
-    assert same > 0.94
+def test_the_served_form_is_near_transformers(smollm2_release: Path, expected: Floats, ids: list[int]) -> None:
+    distance = from_transformers(smollm2_release, expected, ids)
+    assert distance.kl_divergence < 0.01
+    assert distance.top1_agreement > 0.94
 
 
 def test_the_served_form_is_batch_invariant(smollm2_release: Path) -> None:
     assert manifest_of(smollm2_release).batch_invariant
+
+
+def test_quality_json_says_how_near_the_served_form_is_to_float32(smollm2_release: Path) -> None:
+    report = report_of(smollm2_release)
+    assert not isinstance(report.run, str), report.run
+    assert report.run.score.positions > 700
+    distance = distance_of("quality.json", report.run.score)
+    assert distance.kl_divergence < 0.01
+    assert distance.top1_agreement > 0.94
+    assert abs(report.run.score.perplexity / distance.perplexity - 1) < 0.01
+    assert all(tensor.exact for tensor in report.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "most_kl", "least_top1", "largest_relative_error"),
+    [(Recipe.CPU_INT8, 0.01, 0.94, 0.01), (Recipe.CPU_INT4, 0.5, 0.6, 0.12)],
+)
+def test_a_folder_of_floats_is_quantised_as_well_as_its_recipe_says(
+    tmp_path: Path, hf_folder: Path, recipe: Recipe, most_kl: float, least_top1: float, largest_relative_error: float
+) -> None:
+    export(Order(str(hf_folder), tmp_path / "release", "smollm2-135m", recipe))
+    report = report_of(tmp_path / "release")
+    assert not isinstance(report.run, str), report.run
+    distance = distance_of(recipe, report.run.score)
+    assert distance.kl_divergence < most_kl
+    assert distance.top1_agreement > least_top1
+    assert 0 < max(tensor.relative_rms for tensor in report.tensors.values()) < largest_relative_error
+
+
+def test_the_served_form_is_what_verify_expects(smollm2_release: Path, smollm2_gguf: Path) -> None:
+    report = verify(smollm2_release, str(smollm2_gguf))
+    assert [check.line() for check in report.checks if check.verdict is not Verdict.OK] == []
+
+
+def test_a_node_gives_the_very_ids_of_the_golden_prompts(smollm2_release: Path) -> None:
+    manifest = manifest_of(smollm2_release)
+    with ThreadPoolExecutor(max_workers=1) as thread:  # it will round denormals to zero
+        said = thread.submit(ids_of_a_node, smollm2_release, manifest, manifest.golden).result()
+    assert len(said) == 4
+    assert said == [golden.ids for golden in manifest.golden]
+
+
+def ids_of_a_node(release: Path, manifest: Manifest, goldens: Sequence[Golden]) -> list[list[int]]:
+    """What a node's own runner continues the prompts with, in its last slot, beside others."""
+    runner = Runner.open(release, manifest, "cpu", 2, SLOTS, 256)
+    return [_continue(runner, manifest, golden) for golden in goldens]
+
+
+def _continue(runner: Runner, manifest: Manifest, golden: Golden) -> list[int]:
+    prompt, ids = golden.prompt_ids, list[int]()
+    for slot in range(SLOTS):
+        chunk = Chunk(slot, 0, prompt, len(prompt) - 1)
+        logits = runner.run(StepPlan(0, chunk, None, 0.0)).chunk_logits
+    while len(ids) < len(golden.ids):
+        assert logits is not None
+        ids.append(_best(logits, manifest))
+        end = len(prompt) + len(ids)
+        decode = Decode(0, [5, 6, ids[-1]], [len(prompt) + 1, len(prompt) + 1, end], [SLOTS - 1])
+        decoded = runner.run(StepPlan(0, None, decode, 0.0)).decode_logits
+        assert decoded is not None
+        logits = decoded[0]
+    return ids
+
+
+def _best(logits: Logits, manifest: Manifest) -> int:
+    return sample(logits, Sampling(0.0), manifest.tokenizer_size, 0, 0)
 
 
 def test_ids_and_text_are_those_of_transformers(tokenizer: Tokenizer, their_tokenizer: Any) -> None:
@@ -133,10 +238,10 @@ def test_ids_are_those_of_llama_cpp_s_rules(tokenizer: Tokenizer, smollm2_gguf: 
 
 def llama_cpp_rules(path: Path) -> Callable[[str], list[int]]:
     """Byte-level BPE by its definition, with the split that llama.cpp's source lists for `smollm`."""
-    metadata: Any = GgufFile(path).metadata
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    fields = gguf.GGUFReader(path).fields
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
     ids = {token: index for index, token in enumerate(tokens)}
-    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(metadata["tokenizer.ggml.merges"])}
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
     special = regex.compile("(" + "|".join(regex.escape(tokens[i]) for i, kind in enumerate(kinds) if kind == 3) + ")")
     number = regex.compile(r"(\p{N})")
     word = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
