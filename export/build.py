@@ -38,6 +38,7 @@ from export.quality_report import QualityReport, TensorQuality, encode_report, t
 from export.recipes import Dense, Plan, Recipe
 from export.source import open_checkpoint
 from export.source_digest import SourceDigest
+from export.spec import Role, expected_tensors
 from export.trial import NOT_ASKED, Trial, draw_reference, try_release
 from export.writer import Staging, check_room, check_target, clear_leftover, matches, staged, write_file
 
@@ -163,7 +164,7 @@ def _write_release(order: Order, drawing: Drawing, staging: Staging, tell: Tell)
         files=sorted(files, key=lambda file: file.path),
         batch_invariant=trial.batch_invariant,
         golden=trial.golden,
-        claims={"weights": report.weights_claim(), **trial.claims},
+        claims={"weights": report.weights_claim(_experts(drawing.checkpoint)), **trial.claims},
     )
     write_file(staging.release, MANIFEST_NAME, encode_manifest(manifest))
     return manifest
@@ -234,6 +235,12 @@ def _write_small_files(drawing: Drawing, manifest: Manifest, folder: Path) -> li
     if speech.chat_template is not None:
         files.append(write_file(folder, TEMPLATE_FILE, speech.chat_template.encode()))
     return files
+
+
+def _experts(checkpoint: Checkpoint) -> set[str]:
+    """Names of the tensors that are experts' weights."""
+    expected = expected_tensors(checkpoint.spec)
+    return {name for name, tensor in expected.items() if tensor.role is Role.EXPERTS}
 
 
 def _report(drawing: Drawing, data: Data, trial: Trial) -> QualityReport:

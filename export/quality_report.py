@@ -5,7 +5,7 @@ Does not know who measured it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from math import prod
 
 import msgspec
@@ -51,15 +51,19 @@ class QualityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run: Quality | str
     tensors: dict[str, TensorQuality]
 
-    def weights_claim(self) -> str:
-        """The tensors in one sentence, for the manifest."""
-        inexact = {name: tensor for name, tensor in self.tensors.items() if not tensor.exact}
+    def weights_claim(self, experts: Set[str]) -> str:
+        """The tensors in one sentence, for the manifest; `experts`: names of those that are experts' weights."""
+        inexact = [name for name, tensor in self.tensors.items() if not tensor.exact]
         if not inexact:
             return "every weight is the very number that the source stands for (compared in float64)"
-        worst = max(inexact, key=lambda name: inexact[name].relative_rms)
+        worst = max(inexact, key=lambda name: self.tensors[name].relative_rms)
+        kept = ""
+        if experts:
+            kept = ", all experts among them" if experts.isdisjoint(inexact) else ", experts not among them"
         return (
-            f"{len(self.tensors) - len(inexact)} of {len(self.tensors)} tensors are exact (compared in float64), the "
-            f"others within the bound of their form; largest relative error {inexact[worst].relative_rms:.2g} ({worst})"
+            f"{len(self.tensors) - len(inexact)} of {len(self.tensors)} tensors are exact (compared in float64){kept}; "
+            "the others are within the bound of their form, the largest relative error is "
+            f"{self.tensors[worst].relative_rms:.2g} ({worst})"
         )
 
 

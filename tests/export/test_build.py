@@ -156,6 +156,21 @@ def test_quality_tells_what_each_tensor_lost(tmp_path: Path, gpt_oss: Path) -> N
     assert lossy.run == "not measured: the export was made with --no-run"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (Recipe.CUDA_FP4, ", all experts among them; "),
+        (Recipe.CPU_INT8, ", all experts among them; "),
+        (Recipe.CPU_INT4, ", experts not among them; "),
+        (Recipe.FP32, "every weight is the very number that the source stands for"),
+    ],
+)
+def test_the_claim_says_whether_the_experts_came_through(
+    tmp_path: Path, gpt_oss: Path, recipe: Recipe, words: str
+) -> None:
+    assert words in make(gpt_oss, tmp_path / "release", recipe).claims["weights"]
+
+
 def test_what_running_it_showed_stands_in_the_quality_report(tmp_path: Path, tiny_gguf: Path) -> None:
     make(tiny_gguf, tmp_path / "release", Recipe.GGUF_EXACT, run=True)
     run = quality_in(tmp_path / "release").run
