@@ -43,10 +43,13 @@ class SpeechError(ServiceError):
 class ChatTemplateSpeech:
     """Speech of a release whose manifest says `chat_template`."""
 
-    def __init__(self, manifest: Manifest, encoder: PromptEncoder, drop_first_space: bool, template: str) -> None:
-        """drop_first_space: of an answer, see `detokeniser.drops_first_space`."""
+    def __init__(
+        self, manifest: Manifest, encoder: PromptEncoder, table: list[bytes], drop_first_space: bool, template: str
+    ) -> None:
+        """table: the bytes of each id. drop_first_space: of an answer, see `detokeniser.drops_first_space`."""
         self._stop_ids = frozenset(manifest.stop_ids)
         self._encoder = encoder
+        self._table = table
         self._drop_first_space = drop_first_space
         self._variables = {
             "bos_token": _token(encoder.marked, manifest.bos_id),
@@ -61,12 +64,15 @@ class ChatTemplateSpeech:
     def from_files(cls, manifest: Manifest, tokenizer_json: str, template: str) -> ChatTemplateSpeech:
         """From the contents of the release's files; raises ReleaseError."""
         try:
-            Tokenizer.from_str(tokenizer_json)
+            # Two, because whether special tokens are recognised is a property of the object.
+            plain, marked = Tokenizer.from_str(tokenizer_json), Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
             raise ReleaseError(f"{manifest.tokenizer} is not a tokenizer: {error}; export the model again.") from error
+        plain.encode_special_tokens = True
         parsed = msgspec.json.decode(tokenizer_json)
-        encoder = PromptEncoder(tokenizer_json, byte_table(parsed))
-        return cls(manifest, encoder, drops_first_space(parsed), template)
+        table = byte_table(parsed)
+        encoder = PromptEncoder(plain, marked, parsed, table)
+        return cls(manifest, encoder, table, drops_first_space(parsed), template)
 
     def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
         """Prompt ids with the generation prompt at the end; raises SpeechError. Such a template knows no settings."""
@@ -92,7 +98,7 @@ class ChatTemplateSpeech:
         )
 
     def start(self, stop: Sequence[str] = ()) -> ChatTemplateParser:
-        detokeniser = Detokeniser(self._encoder.table, self._drop_first_space)
+        detokeniser = Detokeniser(self._table, self._drop_first_space)
         return ChatTemplateParser(detokeniser, self._stop_ids, StopStrings(stop))
 
     def _fill(self, roles: list[str]) -> str:
