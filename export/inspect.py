@@ -108,14 +108,13 @@ def _files(manifest: Manifest) -> Iterator[str]:
 
 
 def _weights(report: QualityReport) -> Iterator[str]:
-    """A line for each form, and what it all comes to."""
-    forms: dict[str, list[TensorQuality]] = {}
+    """A line for each form, exact tensors and others apart, and what it all comes to."""
+    kinds: dict[tuple[str, bool], list[TensorQuality]] = {}
     for tensor in report.tensors.values():
-        forms.setdefault(tensor.form, []).append(tensor)
-    for form, tensors in forms.items():
+        kinds.setdefault((tensor.form, tensor.exact), []).append(tensor)
+    for (form, exact), tensors in kinds.items():
         weights = sum(tensor.weights for tensor in tensors)
-        worst = max(tensor.relative_rms for tensor in tensors)
-        how = "exact" if all(tensor.exact for tensor in tensors) else f"error {worst:.2g}"
+        how = "exact" if exact else f"error {max(tensor.relative_rms for tensor in tensors):.2g}"
         yield f"{form:<36} {len(tensors):>5} tensors {weights / 1e6:>10.1f} M {how:>12}"
     totals = report.totals
     yield f"together {_size(totals.bytes)}, {totals.ratio:.1%} of {_size(totals.fp32_bytes)} in float32"
