@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from core.manifest import Golden
+from edge_node.engine.ladder import LADDER
 from export.errors import TargetError
 from export.golden import EPSILON, IDS, LENGTHS, continue_greedily, prompts, retrace
 from export.values import Floats
@@ -111,6 +112,7 @@ def test_prompts_have_lengths_that_a_node_reads_in_one_chunk_and_leave_room_for_
         return [ord(letter) % 50 for letter in text]
 
     found = prompts(in_letters, 50, 4096)
+    assert set(LENGTHS) <= set(LADDER)
     assert len(found) == 4
     assert all(len(ids) in LENGTHS and max(ids) < 50 for ids in found)
     assert [len(ids) for ids in prompts(in_letters, 50, 48)] == [24, 24, 16, 24]

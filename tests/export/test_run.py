@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,6 @@ from core.manifest import FORMAT, GRAPH_ABI, Golden, KvShape, Manifest, Source
 from edge_node.engine.sampling import sample
 from edge_node.engine.step import Chunk, Decode, StepPlan
 from edge_node.runtime.runner import Runner
-from export import child
 from export.checkpoint import Checkpoint
 from export.errors import SourceError, TargetError
 from export.graphs import build_graph
@@ -176,6 +173,21 @@ def test_a_release_is_compared_with_its_reference_and_nothing_is_left_behind(
     assert sorted(path.name for path in reference.folder.iterdir()) == ["model.onnx", "tokenizer.json"]
 
 
+def test_a_reference_that_cannot_run_here_is_done_without(exact: Written, llama: Checkpoint, tmp_path: Path) -> None:
+    reference = write(tmp_path / "fp32", llama, Recipe.FP32)
+    with_a_hole(reference.folder)
+    quality = exact.measured(Reference("in float32", reference.graph)).quality
+    assert quality.score.distance is None
+    assert quality.reference.startswith("none, the float32 form cannot run here: Running it takes 4398.5 GB")
+
+
+def with_a_hole(folder: Path) -> Path:
+    """A file larger than any memory, which takes no room."""
+    (folder / "model.onnx.data").touch()
+    os.truncate(folder / "model.onnx.data", 4 << 40)
+    return folder
+
+
 def test_without_a_reference_the_label_says_why(ran: Ran) -> None:
     assert (ran.quality.reference, ran.quality.score.distance) == (ALONE.label, None)
     assert ran.quality.score.positions == 64  # the context
@@ -221,9 +233,7 @@ def test_a_form_without_a_kernel_here_is_said_in_one_sentence(gpt_oss: Checkpoin
 
 
 def test_a_release_larger_than_the_memory_is_not_tried(exact: Written, tmp_path: Path) -> None:
-    (tmp_path / "model.onnx.data").touch()
-    os.truncate(tmp_path / "model.onnx.data", 4 << 40)  # a hole: no room is taken
-    found = measure(tmp_path, exact.manifest, 0, ALONE)
+    found = measure(with_a_hole(tmp_path), exact.manifest, 0, ALONE)
     assert isinstance(found, CannotRun)
     assert "takes 4398.5 GB of memory" in found.reason
 
@@ -246,21 +256,6 @@ def test_a_manifest_of_other_sizes_is_refused(exact: Written, ran: Ran) -> None:
     other = msgspec.structs.replace(with_golden(exact, ran.golden), vocab_size=exact.manifest.vocab_size + 1)
     with pytest.raises(TargetError, match="the manifest says"):
         retrace_all(exact.folder, other)
-
-
-def test_a_process_that_runs_out_of_memory_is_one_sentence() -> None:
-    with pytest.raises(child.OutOfMemory, match=r"^The process started to raise signal was killed by the system"):
-        child.call(signal.raise_signal, signal.SIGKILL)
-
-
-def test_a_process_that_crashes_is_one_sentence() -> None:
-    with pytest.raises(TargetError, match=r"^The process started to abort ended by SIGABRT before it had answered"):
-        child.call(os.abort)
-
-
-def test_what_a_call_raises_in_its_process_is_raised_here() -> None:
-    with pytest.raises(json.JSONDecodeError):
-        child.call(json.loads, "{")
 
 
 def test_the_caller_s_rounding_is_left_alone(ran: Ran) -> None:

@@ -208,6 +208,26 @@ def test_two_initialisers_that_were_swapped_are_found(release: Path, gguf: Path)
     assert "the initializer 'layers.0.mlp_norm' is not as this exporter draws the reference" in found[CONTENT]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("location", "../elsewhere", "which leaves the release"),
+        ("location", "elsewhere", "elsewhere cannot be read"),
+        ("offset", "here", "does not say where 'rotary.cos' lies"),
+    ],
+)
+def test_a_graph_that_points_elsewhere_is_not_followed(
+    release: Path, gguf: Path, key: str, value: str, words: str
+) -> None:
+    model = onnx.load(release / GRAPH, load_external_data=False)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "rotary.cos")
+    (entry,) = (entry for entry in tensor.external_data if entry.key == key)
+    entry.value = value
+    (release / GRAPH).write_bytes(model.SerializeToString())
+    with pytest.raises(TargetError, match=words):
+        of_source(release, gguf)
+
+
 def test_a_node_that_was_changed_is_named(release: Path, gguf: Path) -> None:
     model = onnx.load(release / GRAPH, load_external_data=False)
     (node,) = (node for node in model.graph.node if node.name == "/layers.0/attention")
