@@ -21,6 +21,7 @@ from typing import TypeAlias
 from core.manifest import Chunk, ReleaseFile
 from export import EXPORTER_VERSION
 from export.checkpoint import Checkpoint
+from export.errors import SourceError
 from export.fidelity import Fidelity
 from export.graphs import build_graph
 from export.journal import Entry, Journal, read_journal
@@ -206,6 +207,9 @@ def _identity(checkpoint: Checkpoint, name: str) -> list[object]:
     tensor = checkpoint.tensors[name]
     places = []
     for extent in checkpoint.extents(name):
-        status = os.stat(extent.path)
+        try:
+            status = extent.path.stat()
+        except OSError as error:
+            raise SourceError(f"{extent.path} cannot be read any more ({error.strerror}); begin again.") from error
         places.append([extent.path.name, status.st_size, status.st_mtime_ns, extent.offset, extent.size_bytes])
     return [tensor.kind, tensor.shape, places]

@@ -26,9 +26,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first CUDA device: its name, its memory, its compute capability as (major, minor)."""
+    """The first CUDA device: its memory, its compute capability as (major, minor)."""
 
-    name: str
     memory_bytes: int
     capability: tuple[int, int]
 
@@ -50,19 +49,17 @@ def gpu(library: str = "libcuda.so.1") -> Gpu | None:
     except OSError:
         return None
     device, size = ctypes.c_int(), ctypes.c_size_t()
-    name = ctypes.create_string_buffer(128)
     major, minor = ctypes.c_int(), ctypes.c_int()
     calls: tuple[Callable[[], int], ...] = (
         lambda: cuda.cuInit(0),
         lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
-        lambda: cuda.cuDeviceGetName(name, len(name), device),
         lambda: cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device),
         lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device),
         lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),
     )
     if any(call() != 0 for call in calls):  # in this order; the first that fails ends it
         return None
-    return Gpu(name.value.decode(errors="replace"), size.value, (major.value, minor.value))
+    return Gpu(size.value, (major.value, minor.value))
 
 
 def _meminfo(path: Path) -> dict[str, int]:
