@@ -24,6 +24,7 @@ from core.manifest import Golden, KvShape, Manifest
 from export import child, hardware
 from export.errors import SourceError, TargetError
 from export.golden import IDS, LENGTHS, Retraced, continue_greedily, prompts, retrace
+from export.invariance import UNIT_TOKENS, Ids, Invariance, measure_invariance, trial_tokens
 from export.quality import Part, Quality, Score, score
 from export.values import Floats
 
@@ -36,15 +37,11 @@ TEXT_TOKENS = 1024
 """The text that quality is measured on, and how much of it."""
 
 PROVIDER = "CPUExecutionProvider"
-_SLOTS = 8
-_UNIT_TOKENS = 48
-_CHUNKS_TOKENS = (2, 3, 8, 16, 48)  # each divides the unit: no chunk of one token is ever read
 _MOST_AT_ONCE = 64  # positions whose logits are held at a time: 51 MB for a vocabulary of 200,000
 # Weights are laid out anew when they are loaded, and pages of the files dropped: they take their size once. Then
 # there are the library, the cache and activations.
 _BESIDE_WEIGHTS_BYTES = 500_000_000
 
-Ids = NDArray[np.int64]
 Result = TypeVar("Result")
 
 
@@ -53,18 +50,6 @@ class CannotRun:
     """The release may be sound, but this machine cannot run it. reason: a sentence."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Invariance:
-    """Whether the way positions are grouped leaves no trace, bit for bit, on this machine's processor.
-
-    chunks: a prompt's caches and logits are the same for all chunk lengths of two tokens or more.
-    batches: a decoded token's are the same alone and among others.
-    """
-
-    chunks: bool
-    batches: bool
 
 
 @dataclass(frozen=True)
@@ -94,9 +79,9 @@ def measure(folder: Path, manifest: Manifest, window_tokens: int, reference: Ref
     window_tokens: the longest attention window, 0 if there is none. The reference's logits lie in a file beside its
     graph meanwhile. Raises TargetError if the graph is wrong, SourceError if the context is too short for a release.
     """
-    if manifest.context_tokens < _UNIT_TOKENS:
+    if manifest.context_tokens < UNIT_TOKENS:
         raise SourceError(
-            f"The model has a context of {manifest.context_tokens} tokens; a release needs at least {_UNIT_TOKENS}."
+            f"The model has a context of {manifest.context_tokens} tokens; a release needs at least {UNIT_TOKENS}."
         )
     if obstacle := _obstacle(folder, manifest):
         return CannotRun(obstacle)
@@ -138,16 +123,20 @@ def compare(folder: Path, manifest: Manifest, ids: list[int], expected: Path) ->
 
 
 def text_ids(folder: Path, manifest: Manifest) -> list[int]:
-    """The ids of the text that quality is measured on, as the release's tokenizer cuts it."""
-    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
-    ids: list[int] = tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    """The ids of the text that quality is measured on, as the release's tokenizer cuts it.
+
+    Raises TargetError for a tokenizer that makes nothing of it.
+    """
+    ids = _encoder(folder, manifest)(TEXT.read_text(encoding="utf-8"))
+    if len(ids) < 3:
+        raise TargetError(f"{folder / manifest.tokenizer} makes no ids of English prose; export the model again.")
     return ids[: min(TEXT_TOKENS, manifest.context_tokens) + 1]
 
 
-def trial_tokens(window_tokens: int, context_tokens: int) -> int:
-    """How long a prompt invariance is measured with: longer than the window, if the context is."""
-    units = min(window_tokens // _UNIT_TOKENS + 1, context_tokens // _UNIT_TOKENS)
-    return units * _UNIT_TOKENS
+def _encoder(folder: Path, manifest: Manifest) -> Callable[[str], list[int]]:
+    """A release's tokenizer, which adds nothing to a text."""
+    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 class Unsupported(TargetError):
@@ -250,18 +239,12 @@ def _measure(
     folder: Path, manifest: Manifest, window_tokens: int, text: list[int], expected: Path | None, reference: str
 ) -> Ran:
     run, made_by = _load(folder, manifest), _made_by()
-    invariance = _invariance(run, manifest, window_tokens)
-    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
-    starts = prompts(
-        lambda words: tokenizer.encode(words, add_special_tokens=False).ids,
-        manifest.tokenizer_size,
-        manifest.context_tokens,
-    )
+    trial = np.arange(trial_tokens(window_tokens, manifest.context_tokens), dtype=np.int64)
+    invariance = measure_invariance(run, trial * 7919 % manifest.tokenizer_size)
+    sequence = _Sequence(run, manifest.context_tokens)
     golden = [
-        continue_greedily(
-            _Sequence(run, manifest.context_tokens), prompt, manifest.tokenizer_size, manifest.stop_ids, made_by
-        )
-        for prompt in starts
+        continue_greedily(sequence, prompt, manifest.tokenizer_size, manifest.stop_ids, made_by)
+        for prompt in prompts(_encoder(folder, manifest), manifest.tokenizer_size, manifest.context_tokens)
     ]
     scored = score(_parts(run, manifest, text, expected))
     return Ran(invariance, tuple(golden), Quality(text=TEXT.name, score=scored, reference=reference, made_by=made_by))
@@ -274,40 +257,6 @@ def _retrace_all(folder: Path, manifest: Manifest) -> list[Retraced]:
 
 def _compare(folder: Path, manifest: Manifest, ids: list[int], expected: Path) -> Score:
     return score(_parts(_load(folder, manifest), manifest, ids, expected))
-
-
-def _invariance(run: GraphRun, manifest: Manifest, window_tokens: int) -> Invariance:
-    """Run the graph on what must come out equal.
-
-    One prompt, longer than the window if the context is, is read in chunks of several lengths: caches and logits must
-    be equal. Then eight sequences of different lengths decode one token each, alone and as one batch: likewise.
-    """
-    count = trial_tokens(window_tokens, manifest.context_tokens)
-    prompt = np.arange(count, dtype=np.int64) * 7919 % manifest.tokenizer_size
-    run.begin(_SLOTS, len(prompt))
-    logits, caches = _read(run, prompt, len(prompt)), run.pool[:, 0].copy()
-    chunks = True
-    for chunk in _CHUNKS_TOKENS:
-        run.begin(_SLOTS, len(prompt))
-        chunks &= _same_bits(logits, _read(run, prompt, chunk)) and _same_bits(caches, run.pool[:, 0])
-    run.pool[:, 1:] = run.pool[:, :1]
-    lengths = np.arange(1, _SLOTS + 1, dtype=np.int32) * (len(prompt) // _SLOTS)
-    tokens = prompt[lengths - 1, None]
-    alone = [run.step(slot, tokens[slot : slot + 1], lengths[slot : slot + 1], np.arange(1)) for slot in range(_SLOTS)]
-    cache = run.pool.copy()
-    together = run.step(0, tokens, lengths, np.arange(_SLOTS))
-    return Invariance(chunks, _same_bits(np.concatenate(alone), together) and _same_bits(cache, run.pool))
-
-
-def _read(run: GraphRun, prompt: Ids, chunk_tokens: int) -> Floats:
-    """Prefill; returns the logits of the last two positions."""
-    for start in range(0, len(prompt), chunk_tokens):
-        logits = run.chunk(start, prompt[start : start + chunk_tokens], [chunk_tokens - 2, chunk_tokens - 1])
-    return logits
-
-
-def _same_bits(first: NDArray[Any], second: NDArray[Any]) -> bool:
-    return first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
 def _parts(run: GraphRun, manifest: Manifest, ids: list[int], expected: Path | None) -> Iterator[Part]:

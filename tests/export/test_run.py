@@ -22,7 +22,7 @@ from export.checkpoint import Checkpoint
 from export.errors import SourceError, TargetError
 from export.graphs import build_graph
 from export.recipes import Plan, Recipe
-from export.run import CannotRun, Ran, Reference, compare, measure, retrace_all, text_ids, trial_tokens
+from export.run import CannotRun, Ran, Reference, compare, measure, retrace_all, text_ids
 from export.source import open_checkpoint
 from tests.export.graph_runner import export_in_memory
 from tests.tools.gpt_oss_checkpoint import TINY, write_checkpoint
@@ -111,12 +111,6 @@ def with_golden(written: Written, golden: tuple[Golden, ...]) -> Manifest:
 
 def test_a_llama_with_blocks_is_invariant(ran: Ran) -> None:
     assert (ran.invariance.chunks, ran.invariance.batches) == (True, True)
-
-
-def test_the_trial_prompt_is_longer_than_the_window_where_the_context_allows() -> None:
-    assert trial_tokens(0, 2048) == 48
-    assert trial_tokens(128, 2048) > 128
-    assert trial_tokens(128, 140) == 96
 
 
 def test_the_same_golden_prompts_come_out_again(exact: Written, ran: Ran) -> None:
