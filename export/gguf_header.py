@@ -223,13 +223,12 @@ def _tensor(cursor: _Cursor) -> tuple[TensorInfo, int]:
 
 
 def _kind(cursor: _Cursor, tensor: str, number: int) -> Kind:
-    if number not in TENSOR_TYPES:
-        raise cursor.damaged(f"the tensor {tensor!r} has the unknown type {number}")
+    name = TENSOR_TYPES.get(number, f"type {number}")
     for kind in ggml.PACKINGS:
-        if kind.value == TENSOR_TYPES[number]:
+        if kind.value == name:
             return kind
     raise SourceError(
-        f"The tensor {tensor!r} of {cursor.where} is stored as {TENSOR_TYPES[number]}; this exporter carries over "
+        f"The tensor {tensor!r} of {cursor.where} is stored as {name}; this exporter carries over "
         f"{', '.join(ggml.PACKINGS)}: take a GGUF of those types."
     )
 

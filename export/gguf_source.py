@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from export import ggml
 from export.checkpoint import Extent
 from export.errors import SourceError
-from export.gguf_header import Header, Metadata, Place, read_header
+from export.gguf_header import Header, Place, read_header
 from export.gguf_spec import ROPE_DIVISORS, hugging_face_name, read_spec, rotary_heads
 from export.gguf_speech import read_speech
 from export.spec import DecoderSpec, TensorInfo, check_tensors
@@ -32,8 +32,8 @@ class GgufCheckpoint:
 
     path: Path
     spec: DecoderSpec
+    speech: Speech
     places: Mapping[str, Place]
-    metadata: Metadata
 
     @classmethod
     def open(cls, path: Path) -> GgufCheckpoint:
@@ -43,13 +43,11 @@ class GgufCheckpoint:
         divisors = _read_divisors(path, places.pop(ROPE_DIVISORS, None))
         spec = read_spec(header.metadata, {name: place.info for name, place in places.items()}, divisors, str(path))
         places = {hugging_face_name(name): place for name, place in places.items()}
-        checkpoint = cls(path, spec, places, header.metadata)
-        check_tensors(spec, checkpoint.tensors, str(path))
-        if checkpoint.speech.size > spec.vocab:
-            raise SourceError(
-                f"{path} has {checkpoint.speech.size} tokens and an embedding of {spec.vocab}; fetch it again."
-            )
-        return checkpoint
+        check_tensors(spec, _infos(places), str(path))
+        speech = read_speech(header.metadata, str(path))
+        if speech.size > spec.vocab:
+            raise SourceError(f"{path} has {speech.size} tokens and an embedding of {spec.vocab}; fetch it again.")
+        return cls(path, spec, speech, places)
 
     @property
     def name(self) -> str:
@@ -62,14 +60,9 @@ class GgufCheckpoint:
         return self.spec.family.value
 
     @cached_property
-    def speech(self) -> Speech:
-        """Tokenizer and template."""
-        return read_speech(self.metadata, str(self.path))
-
-    @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """By Hugging Face's names."""
-        return {name: TensorInfo(name, place.info.shape, place.info.kind) for name, place in self.places.items()}
+        return _infos(self.places)
 
     def read(self, name: str, start: int, stop: int) -> Plain | Blocks:
         """Rows of a tensor, `start` < `stop`; raises SourceError, naming both, for numbers that are not finite."""
@@ -85,6 +78,11 @@ class GgufCheckpoint:
         """Where a tensor's bytes lie."""
         place = self.places[name]
         return [Extent(self.path, place.offset, place.size_bytes)]
+
+
+def _infos(places: Mapping[str, Place]) -> dict[str, TensorInfo]:
+    """Tensors under the names that the places have."""
+    return {name: TensorInfo(name, place.info.shape, place.info.kind) for name, place in places.items()}
 
 
 def _stored_rows(rows: int, heads: int) -> NDArray[np.int64]:
@@ -113,6 +111,11 @@ def _read_header(path: Path) -> Header:
 def _read_divisors(path: Path, place: Place | None) -> tuple[float, ...] | None:
     if place is None:
         return None
+    if len(place.info.shape) != 1 or not place.info.kind.is_float:
+        raise SourceError(
+            f"The tensor {ROPE_DIVISORS!r} of {path} is {place.info.kind} {place.info.shape}, not a list of floats; "
+            "take another file of this model."
+        )
     values = _read_rows(path, place, 0, place.info.rows)
     return tuple(values.to_doubles().reshape(-1).tolist())
 

@@ -121,7 +121,7 @@ def test_tensors_begin_where_the_alignment_puts_them() -> None:
         (file(tensor("a", (32, 33), 2, 0), tensors=1), "'a' is Q4_0, but its rows of 33 do not divide"),
         (file(tensor("a", (1, 256), 13, 0), tensors=1), "'a' of x.gguf is stored as Q5_K; .* Q4_0, .* Q6_K"),
         (file(tensor("a", (1, 256), 39, 0), tensors=1), "stored as MXFP4"),
-        (file(tensor("a", (1, 256), 99, 0), tensors=1), "unknown type 99"),
+        (file(tensor("a", (1, 256), 99, 0), tensors=1), "stored as type 99; this exporter carries over"),
         (file(tensor("a", (8,), 0, 32), tensors=1), "'a' begins at 32 of the data, not at 0"),
         (whole(file(tensor("a", (8,), 0, 0), tensor("a", (8,), 0, 32), tensors=2), 64), "'a' comes twice"),
         (whole(file(tensor("a", (1 << 40,) * 4, 0, 0), tensors=1), 64), "cut short"),
@@ -164,14 +164,14 @@ def test_a_large_file_does_not_make_a_large_header(beginning: bytes) -> None:
 
 
 def test_a_length_that_lies_costs_no_memory() -> None:
-    data = file(key("a", ARRAY, struct.pack("<IQ", STRING, HUGE)), bytes(1 << 20), keys=1)
+    data = file(key("a", ARRAY, struct.pack("<IQ", STRING, HUGE)), bytes(1 << 17), keys=1)
     tracemalloc.start()
     try:
         refusal(data)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 16 << 20
+    assert peak < 2 << 20
 
 
 def test_every_kind_has_a_number() -> None:

@@ -14,6 +14,7 @@ from export.gguf_source import GgufCheckpoint
 from export.gguf_spec import hugging_face_name
 from export.spec import Kind
 from export.values import Blocks, Doubles, Plain
+from tests.export import ggml_bytes
 from tests.export.tiny_gguf import TOKENS, TinyLlama, tiny_q4_k_m, tiny_qwen2
 
 LAYER = "model.layers.0.self_attn."
@@ -135,6 +136,14 @@ def test_divisors_of_the_rotary_frequencies_are_in_the_spec_and_no_tensor(tmp_pa
     checkpoint = opened(model, tmp_path)
     assert checkpoint.spec == model.spec
     assert not [name for name in checkpoint.tensors if "rope" in name]
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(Kind.Q8_0, (32,)), (Kind.F32, (2, 4))])
+def test_divisors_of_another_form_are_refused(tmp_path: Path, kind: Kind, shape: tuple[int, ...]) -> None:
+    model = TinyLlama(kinds={"rope_freqs.weight": kind})
+    model.shapes["rope_freqs.weight"] = shape
+    model.raw["rope_freqs.weight"] = ggml_bytes.random_rows(np.random.default_rng(1), kind, shape)
+    assert "'rope_freqs.weight'" in refusal(model.write(tmp_path / "x.gguf"))
 
 
 def test_a_file_of_mixed_k_quants_is_read_as_it_is(tmp_path: Path) -> None:
