@@ -81,7 +81,7 @@ def check_files(folder: Path, manifest: Manifest) -> Iterator[Check]:
     """Every listed file by its chunks, and whether there are others."""
     for file in manifest.files:
         fault = _fault(folder / file.path, file)
-        size = f"{file.size_bytes / 1e6:.1f} MB, {len(file.chunks)} chunks with their digests."
+        size = f"as listed: {file.size_bytes:,} bytes, chunks: {len(file.chunks)}."
         yield Check(Verdict.BROKEN, file.path, fault) if fault else Check(Verdict.OK, file.path, size)
     listed = {MANIFEST_NAME, *(file.path for file in manifest.files)}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
