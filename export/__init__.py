@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 #: Part of every release's metadata; a change of the written bytes changes it.
-EXPORTER_VERSION = "1"
+EXPORTER_VERSION = "2"

@@ -10,14 +10,7 @@ import numpy as np
 from export.errors import SourceError
 from export.gguf_header import Metadata
 from export.gguf_tokenizer import PREFIX, TokenKind, Vocabulary, strings, tokenizer_json
-from export.speech import Speech
-
-# fmt: off
-#: Texts that end a turn or a document, as llama.cpp recognises them beyond the ids that the file names.
-_END_TEXTS = frozenset({
-    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>",
-})
-# fmt: on
+from export.speech import END_TEXTS, Speech
 
 
 def read_speech(metadata: Metadata, where: str) -> Speech:
@@ -42,7 +35,7 @@ def _stop_ids(metadata: Metadata, vocabulary: Vocabulary) -> tuple[int, ...]:
         raise vocabulary.damaged(f"names no end-of-sequence id ({PREFIX}eos_token_id)")
     ends = {index for index in named if index is not None}
     whole = (TokenKind.CONTROL, TokenKind.USER_DEFINED)
-    ends |= {i for i, token in enumerate(vocabulary.tokens) if token in _END_TEXTS and vocabulary.kinds[i] in whole}
+    ends |= {i for i, token in enumerate(vocabulary.tokens) if token in END_TEXTS and vocabulary.kinds[i] in whole}
     return (named[0], *sorted(ends - {named[0]}))
 
 

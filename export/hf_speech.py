@@ -17,10 +17,8 @@ from tokenizers import Tokenizer
 from export.errors import SourceError
 from export.hf_json import decode_json, shown
 from export.spec import DecoderSpec, Family
-from export.speech import Speech
+from export.speech import END_TEXTS, Speech
 
-#: Special tokens that end a turn or a document, whether or not the folder's files say so.
-_END_TEXTS = frozenset({"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "</s>"})
 #: What ends generation in the harmony format; <|end|> only ends a message there, the next one may follow.
 _HARMONY_END_TEXTS = ("<|return|>", "<|call|>")
 
@@ -175,7 +173,7 @@ def _stop_ids(
 
 def _known_ends(vocabulary: _Vocabulary, spec: DecoderSpec) -> list[int]:
     if spec.family is not Family.GPT_OSS:
-        return [vocabulary.ids[text] for text in _END_TEXTS & vocabulary.special]
+        return [vocabulary.ids[text] for text in END_TEXTS & vocabulary.special]
     missing = [text for text in _HARMONY_END_TEXTS if text not in vocabulary.special]
     if missing:
         raise SourceError(

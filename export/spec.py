@@ -188,6 +188,11 @@ def expected_tensors(spec: DecoderSpec) -> dict[str, Expected]:
 
 def check_tensors(spec: DecoderSpec, tensors: Mapping[str, TensorInfo], where: str) -> None:
     """Raise SourceError unless `tensors` are exactly what the spec asks for; `where` names the checkpoint."""
+    if spec.layers > len(tensors):  # before a list as long as a hostile configuration says is made
+        raise SourceError(
+            f"{where} has {len(tensors)} tensors, too few for the {spec.layers} layers of its configuration; "
+            "it is not a whole model, fetch it again."
+        )
     expected = expected_tensors(spec)
     unknown = sorted(tensors.keys() - expected.keys())
     if unknown:

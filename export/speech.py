@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# fmt: off
+#: Special tokens that end a turn or a document, whether or not a checkpoint's files say so; as llama.cpp knows them.
+END_TEXTS = frozenset({
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "</s>",
+})
+# fmt: on
+
 
 @dataclass(frozen=True)
 class Speech:
