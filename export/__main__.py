@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from export.build import Order, export
-    from export.writer import staging_of
+    from export.release.writer import staging_of
 
     out: Path = options.out
     order = Order(
@@ -115,8 +115,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from export.report import Check
-    from export.verify import verify
+    from export.checks.report import Check
+    from export.checks.verify import verify
 
     def seen(check: Check) -> None:
         if not options.json:

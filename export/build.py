@@ -1,6 +1,6 @@
 """One export, start to end: open, plan, write, run, describe, publish.
 
-    checkpoint + recipe -> graph and places of its weights -> is there room? -> data file (export/data.py)
+    checkpoint + recipe -> graph and places of its weights -> is there room? -> data file (export/release/data.py)
       -> graph file, tokenizer, template -> run on this machine, if it can be -> quality, manifest -> swapped in
 
 Does not know block formats, operators, or how a checkpoint's files look.
@@ -31,16 +31,16 @@ from core.manifest import (
     release_name,
 )
 from export import EXPORTER_VERSION, hardware
-from export.checkpoint import Checkpoint
 from export.choice import Hardware, choose
-from export.data import DATA_FILE, GRAPH_FILE, Data, Drawing, Kept, find_kept, write_data
-from export.quality_report import QualityReport, TensorQuality, encode_report, totals_of
 from export.recipes import Dense, Plan, Recipe
-from export.source import open_checkpoint
-from export.source_digest import SourceDigest
+from export.release.data import DATA_FILE, GRAPH_FILE, Data, Drawing, Kept, find_kept, write_data
+from export.release.writer import Staging, check_room, check_target, clear_leftover, matches, staged, write_file
+from export.sources.checkpoint import Checkpoint
+from export.sources.digest import SourceDigest
+from export.sources.opening import open_checkpoint
 from export.spec import Role, expected_tensors
-from export.trial import NOT_ASKED, Trial, draw_reference, try_release
-from export.writer import Staging, check_room, check_target, clear_leftover, matches, staged, write_file
+from export.trial.quality_report import QualityReport, TensorQuality, encode_report, totals_of
+from export.trial.trial import NOT_ASKED, Trial, draw_reference, try_release
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"

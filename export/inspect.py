@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 
 from core.errors import ReleaseError
 from core.manifest import MANIFEST_NAME, Golden, Manifest, decode_manifest
-from export.quality import Quality
-from export.quality_report import QualityReport, TensorQuality, decode_report
+from export.trial.quality import Quality
+from export.trial.quality_report import QualityReport, TensorQuality, decode_report
 
 WIDTH = 80
 

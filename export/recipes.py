@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from export.errors import SourceError
-from export.forms import Form
-from export.forms_experts import ExpertBits, ExpertFloat, ExpertFp4, ExpertMxfp4
-from export.forms_matrix import Corrected, DenseFloat, Symmetric, ZeroPointed
+from export.forms.experts import ExpertBits, ExpertFloat, ExpertFp4, ExpertMxfp4
+from export.forms.form import Form
+from export.forms.matrix import Corrected, DenseFloat, Symmetric, ZeroPointed
+from export.forms.values import MXFP4_BLOCK
 from export.spec import DecoderSpec, Kind, Role
-from export.values import MXFP4_BLOCK
 
 BLOCK = 32
 """Neighbours that share a scale where the recipe itself quantises; also GGUF's, but for Q6_K's 16."""

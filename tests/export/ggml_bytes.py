@@ -8,8 +8,8 @@ from math import prod
 import gguf
 import numpy as np
 
+from export.forms.values import Bytes, Doubles
 from export.spec import Kind
-from export.values import Bytes, Doubles
 
 LARGEST = 0.2
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from core.manifest import KvShape
-from export.checkpoint import Checkpoint
-from export.graphs import build_graph
-from export.onnx_graph import Matrix, Table, Vector, View, Weight
+from export.forms.values import Doubles
+from export.graphs.builder import Matrix, Table, Vector, View, Weight
+from export.graphs.families import build_graph
 from export.recipes import Dense, Plan, Recipe
+from export.sources.checkpoint import Checkpoint
 from export.spec import DecoderSpec, TensorInfo
-from export.values import Doubles
 
 ROWS_AT_ONCE = 48
 """Rows of a matrix that are encoded together: few, so that slices are joined on the way."""

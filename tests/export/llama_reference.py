@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from export.forms.values import Doubles
 from export.spec import Divided, Family
-from export.values import Doubles
 from tests.export.tiny_gguf import TinyLlama
 
 

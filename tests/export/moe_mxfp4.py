@@ -12,8 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from export.onnx_graph import EDGECHAT, MICROSOFT, OPSET
-from export.values import MXFP4_BIAS, MXFP4_VALUES
+from export.forms.values import MXFP4_BIAS, MXFP4_VALUES
+from export.graphs.builder import EDGECHAT, MICROSOFT, OPSET
 
 INPUTS = ("x", "scores", "codes_1", "scales_1", "bias_1", "codes_2", "scales_2", "bias_2")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from export.values import Blocks, Floats, Mxfp4, Plain
+from export.forms.values import Blocks, Floats, Mxfp4, Plain
 
 FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
 

@@ -11,8 +11,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from export.forms import Arrays, Form
-from export.onnx_graph import IR_VERSION, MICROSOFT, OPSET
+from export.forms.form import Arrays, Form
+from export.graphs.builder import IR_VERSION, MICROSOFT, OPSET
 
 Array = NDArray[Any]
 

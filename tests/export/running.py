@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
-from export.writer import matches
+from export.release.writer import matches
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,8 +25,8 @@ def run_with(prelude: str, *arguments: object) -> subprocess.CompletedProcess[st
 def stopped_after(written_bytes: int, signal_name: str) -> str:
     """The process sends itself a signal when so many bytes of the data file are written, the last piece in part."""
     return f"""
-import export.writer
-write = export.writer.DataFile._write
+import export.release.writer
+write = export.release.writer.DataFile._write
 left = {written_bytes}
 def write_some(file, data):
     global left
@@ -36,7 +36,7 @@ def write_some(file, data):
         os.kill(os.getpid(), signal.{signal_name})
     left -= len(data)
     write(file, data)
-export.writer.DataFile._write = write_some
+export.release.writer.DataFile._write = write_some
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has inherited SIG_IGN
 """
 

@@ -10,15 +10,15 @@ import pytest
 
 from core.errors import ReleaseError
 from core.manifest import MANIFEST_NAME, Manifest, decode_manifest, model_of
-from export import weights
 from export.build import QUALITY_FILE, Order, export, release_digest
-from export.checkpoint import Checkpoint, Speech
-from export.data import DATA_FILE, GRAPH_FILE
 from export.errors import SourceError
-from export.quality_report import QualityReport, decode_report
 from export.recipes import Dense, Recipe
-from export.source import open_checkpoint
-from export.writer import PAGE_BYTES, count_intact, matches
+from export.release import weights
+from export.release.data import DATA_FILE, GRAPH_FILE
+from export.release.writer import PAGE_BYTES, count_intact, matches
+from export.sources.checkpoint import Checkpoint, Speech
+from export.sources.opening import open_checkpoint
+from export.trial.quality_report import QualityReport, decode_report
 from tests.export.graph_runner import export_in_memory
 from tests.export.running import contents
 from tests.export.tiny_gguf import TEMPLATE, TOKENS, TinyLlama, tiny_q4_k_m

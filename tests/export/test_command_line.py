@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from export.__main__ import REFUSED, main
-from export.data import DATA_FILE
 from export.recipes import Recipe
-from export.source import open_checkpoint
+from export.release.data import DATA_FILE
+from export.sources.opening import open_checkpoint
 from tests.export.running import ROOT, is_whole, manifest_in, run_with
 from tests.tools.gpt_oss_checkpoint import TINY, write_checkpoint
 
@@ -177,9 +177,9 @@ def end(*words):
     [
         ("export.build.write_file", False),  # the weights are written, the graph is not
         ("export.build.encode_manifest", False),  # all but the manifest is written
-        ("export.writer._publish", False),  # the manifest, too, but not in its place
-        ("export.writer._sync_folder", False),
-        ("after export.writer._publish", True),  # the new release is in its place, the old one not yet removed
+        ("export.release.writer._publish", False),  # the manifest, too, but not in its place
+        ("export.release.writer._sync_folder", False),
+        ("after export.release.writer._publish", True),  # the new release is in its place, the old one not yet removed
     ],
 )
 def test_a_killed_export_leaves_a_whole_release_or_none(

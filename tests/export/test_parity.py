@@ -22,13 +22,13 @@ from edge_node.engine.sampling import sample
 from edge_node.engine.step import Chunk, Decode, Logits, StepPlan
 from edge_node.runtime.runner import Runner
 from export.build import Order, export
-from export.quality import Distance, Part, Score, score
-from export.quality_report import QualityReport, decode_report
+from export.checks.report import Verdict
+from export.checks.verify import verify
+from export.forms.values import Floats
 from export.recipes import Recipe
-from export.report import Verdict
-from export.run import text_ids
-from export.values import Floats
-from export.verify import verify
+from export.trial.quality import Distance, Part, Score, score
+from export.trial.quality_report import QualityReport, decode_report
+from export.trial.run import text_ids
 from tests.export.byte_alphabet import BYTE_LETTERS
 from tests.export.graph_runner import logits_of
 from tests.export.strings import strings

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from export.errors import SourceError
-from export.forms import Form
-from export.forms_experts import ExpertBits, ExpertFloat, ExpertFp4, ExpertMxfp4
-from export.forms_matrix import Corrected, DenseFloat, Symmetric, ZeroPointed
+from export.forms.experts import ExpertBits, ExpertFloat, ExpertFp4, ExpertMxfp4
+from export.forms.form import Form
+from export.forms.matrix import Corrected, DenseFloat, Symmetric, ZeroPointed
 from export.recipes import FROM_GGUF, Dense, Device, Plan, Recipe
 from export.spec import Kind, Role
 from tests.export.numbers import FLOAT16, FLOAT32

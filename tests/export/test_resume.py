@@ -9,9 +9,9 @@ import pytest
 
 from export.__main__ import INTERRUPTED, main
 from export.build import Order, export
-from export.data import DATA_FILE
 from export.recipes import Recipe
-from export.writer import staging_of
+from export.release.data import DATA_FILE
+from export.release.writer import staging_of
 from tests.export.running import contents, run_with, stopped_after
 from tests.tools.gpt_oss_checkpoint import TINY, write_checkpoint
 

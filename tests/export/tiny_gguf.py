@@ -10,8 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from export.forms.values import Bytes, Doubles
 from export.spec import DecoderSpec, Divided, Family, Kind, Rope
-from export.values import Bytes, Doubles
 from tests.export import ggml_bytes
 from tests.export.byte_alphabet import BYTE_LETTERS
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from export.gguf_tokenizer import TokenKind
+from export.sources.gguf_tokenizer import TokenKind
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
 USER_DEFINED = "<|turn|>"

@@ -17,7 +17,7 @@ from core.conversation import Item
 from core.errors import ReleaseError
 from edge_node.engine.speech import ChatTemplateSpeech
 from edge_node.engine.speech.detokeniser import Detokeniser, byte_table, drops_first_space
-from export.gguf_speech import read_speech
+from export.sources.gguf_speech import read_speech
 from tests.export.tiny_sentencepiece import SPECIAL_TOKENS, USER_DEFINED, metadata
 from tests.fakes import fake_manifest
 

@@ -1,0 +1,1 @@
+"""`export verify`: a release held to its manifest, its checkpoint and to transformers."""

@@ -1,0 +1,1 @@
+"""A written release is run on this machine: invariance, golden prompts, quality."""
