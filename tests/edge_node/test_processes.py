@@ -15,9 +15,12 @@ import psutil
 import pytest
 
 from core.frames import Done, Failed, Status, Tokens
+from export.build import Order, export
+from export.recipes import Recipe
 from tests.e2e.processes import HOST, ROOT, Node, clean_environment
 from tests.e2e.waiting import eventually
 from tests.edge_node.fake_engine import RouterLink, dial, generate
+from tests.export.tiny_gguf import TinyLlama
 
 pytestmark = pytest.mark.e2e
 
@@ -238,8 +241,19 @@ def test_a_secret_that_cannot_be_read_or_is_empty_is_refused(tmp_path: Path) -> 
     assert "is empty" in said
 
 
-def test_cuda_that_onnx_runtime_would_not_use_is_refused(smollm2_release: Path) -> None:
+def test_a_release_for_another_device_is_refused(smollm2_release: Path) -> None:
     code, said = refused(smollm2_release, {"EDGE__ENGINE__DEVICE": "cuda", "EDGE__LOG__LEVEL": "error"})
+    assert code == 1
+    assert "is laid out for cpu, this node's device is cuda" in said.splitlines()[-1]
+
+
+def test_cuda_that_onnx_runtime_would_not_use_is_refused(tmp_path: Path) -> None:
+    gguf = TinyLlama().write(tmp_path / "tiny.gguf")
+    export(Order(str(gguf), tmp_path / "release", "tiny", Recipe.CUDA_INT8, run=False))
+    code, said = refused(
+        tmp_path / "release",
+        {"EDGE__ENGINE__DEVICE": "cuda", "EDGE__LOG__LEVEL": "error"} | {"EDGE__ENGINE__CONTEXT_TOKENS": "48"},
+    )
     assert code == 1
     assert "asks for the device 'cuda'" in said.splitlines()[-1]
     assert "Traceback" not in said
