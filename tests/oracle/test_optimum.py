@@ -18,13 +18,18 @@ import pytest
 from tokenizers import Tokenizer
 
 from core.manifest import MANIFEST_NAME, decode_manifest
-from export.values import Doubles
+from export.forms.values import Doubles
 from tests.export.graph_runner import logits_of
 from tests.oracle.environments import ROOT, interpreter, offline
 from tests.tools.gpt_oss_checkpoint import TINY, write_checkpoint
 
-PASSAGE = ROOT / "export/passage.txt"
-COUNT_TOKENS = 256
+PROSE = """\
+The tide table on the harbour wall said low water at eleven, so we left the boat on the sand and walked out to the
+lighthouse. "It was built in 1859," the keeper told us, "and in all that time it has been dark for two nights: once when
+the oil was bad, once when my grandfather fell asleep." He showed us the lamp, the clockwork that turned it, and a
+ledger with the name of every ship that passed. By three the water had come back. We sat on the steps, counted the
+waves that reached the third one, and waited until somebody rowed across to fetch us.
+"""
 
 TINY_LIMIT = 1e-5
 """Four layers of random weights, logits around 1."""
@@ -104,8 +109,7 @@ def gpt_oss(ask: Ask, tmp_path_factory: pytest.TempPathFactory) -> Opinions:
 @pytest.fixture(scope="module")
 def smollm2(ask: Ask, smollm2_gguf: Path, smollm2_release: Path) -> Opinions:
     """The small real model, reading prose."""
-    ids = Tokenizer.from_file(str(smollm2_release / "tokenizer.json")).encode(PASSAGE.read_text()).ids
-    return ask(smollm2_gguf, ids[:COUNT_TOKENS])
+    return ask(smollm2_gguf, Tokenizer.from_file(str(smollm2_release / "tokenizer.json")).encode(PROSE).ids)
 
 
 # Tracing SmolLM2 takes optimum a minute on an idle machine, ten beside other tests.
