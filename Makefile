@@ -27,7 +27,7 @@ HAS_DEV := $(VENV)/.has-dev-$(call hash,requirements/dev.txt requirements/beside
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help install up consul system-deps test test-slow unit e2e lint types format oracle genai bench bench-first
-.PHONY: bench-export model lock clean
+.PHONY: bench-export bench-exporters model lock clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,13 +73,16 @@ oracle: $(HAS_ORACLE)  ## optimum's exporter in .venv-oracle: the tests compare 
 
 genai: $(HAS_GENAI)  ## onnxruntime-genai's model builder in .venv-genai, measured beside ours
 
-bench: bench-first bench-export  ## all measurements
+bench: bench-first bench-export bench-exporters  ## all measurements
 
 bench-first: $(HAS_DEV) model  ## export, tokens/s, time to first token, what the router adds
 	$(PY) -m tests.bench.first
 
 bench-export: $(HAS_DEV)  ## the exporter at GPT-OSS-20B's full shape: 45 GB of disk (SCRATCH), most of an hour
 	$(PY) -m tests.bench.export
+
+bench-exporters: $(HAS_DEV) $(HAS_ORACLE) $(HAS_GENAI)  ## other exporters and ours side by side: 16 GB of memory
+	$(PY) -m tests.oracle.side_by_side
 
 model: $(HAS_RUN)
 	@$(PY) scripts/build-model --out releases/smollm2-135m >/dev/null

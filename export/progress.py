@@ -7,12 +7,12 @@ Bytes are those of the data file. Does not know what writes them.
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Never, TextIO
 
@@ -23,8 +23,13 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process has held so far.
+
+    Not getrusage's ru_maxrss, which begins with the peak of whoever started this process.
+    """
+    status = Path("/proc/self/status").read_text()
+    kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kibibytes) * 1024
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from core.frames import PROTOCOL, Generate, Hello, Sampling, Tokens, decode_to_r
 from core.manifest import MANIFEST_NAME, decode_manifest
 from tests.bench.report import ROOT, THREADS, Figure, figure, provenance, publish, table
 from tests.e2e.processes import Fleet, build_fleet, link_secret
+from tests.tools.peak_rss import run_measured
 
 RELEASE = ROOT / "releases/smollm2-135m"
 MODEL = "smollm2-135m"
@@ -45,15 +45,9 @@ def measure_export() -> list[Figure]:
     seconds, mebibytes = [], []
     for _ in range(3):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "export", gguf, "--out", f"{folder}/{MODEL}"]
             started = time.monotonic()
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode != 0:
-                raise SystemExit(f"bench: `{' '.join(command)}` failed; run it to see why.")
+            mebibytes.append(run_measured("export", [gguf, "--recipe", "gguf-exact", "--out", f"{folder}/{MODEL}"]))
             seconds.append(time.monotonic() - started)
-            mebibytes.append(used.ru_maxrss / 1024)
     return [figure("export", seconds, "s"), figure("export, peak RSS", mebibytes, "MiB")]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 
 from export.recipes import Recipe
 from tests.tools.gpt_oss_checkpoint import FULL, write_checkpoint
+from tests.tools.peak_rss import run_measured
 
 CEILING_MIB = 2048
 RECIPES = [recipe for recipe in Recipe if recipe.value.startswith(("cpu-", "cuda-"))]
@@ -28,13 +26,9 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_full_width_is_exported_in_two_gibibytes(tmp_path: Path, two_layers: Path, recipe: Recipe) -> None:
     out = tmp_path / "release"
-    command = [sys.executable, "-m", "export", str(two_layers), "--recipe", recipe, "--out", str(out), "--no-run"]
-    process = subprocess.Popen(command)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
+    arguments = [str(two_layers), "--recipe", recipe, "--out", str(out), "--no-run"]
+    peak_mib = run_measured("export", arguments)
     assert (out / "manifest.json").is_file()
-    peak_mib = used.ru_maxrss / 1024
     print(f"\n{recipe}: peak RSS {peak_mib:.0f} MiB")
     assert peak_mib < CEILING_MIB
     for path in out.iterdir():
