@@ -11,7 +11,7 @@ from core.frames import Arguments, ItemEnd, ItemStart, Text
 from edge_node.engine.speech.harmony import HarmonySpeech
 from edge_node.engine.speech.harmony_format import Header, Marks, may_become_header, read_header
 from edge_node.engine.speech.harmony_parse import HarmonyParser
-from tests.edge_node.harmony_speeches import check_one_text_an_id, joined, tiny
+from tests.edge_node.engine.speech.harmony_speeches import check_one_text_an_id, joined, tiny
 from tests.fakes import fake_manifest
 
 ANSWER = "<|channel|>final<|message|>"

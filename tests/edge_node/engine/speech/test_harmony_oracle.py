@@ -31,9 +31,9 @@ import pytest
 from core.conversation import Item
 from edge_node.engine.speech.harmony_format import ASSISTANT, CHANNEL, MESSAGE, START, item_of, read_header
 from edge_node.engine.speech.setting import Setting
-from tests.edge_node.harmony_conversations import conversation, setting, text
-from tests.edge_node.harmony_oracle import Heard, Oracle
-from tests.edge_node.harmony_speeches import (
+from tests.edge_node.engine.speech.harmony_conversations import conversation, setting, text
+from tests.edge_node.engine.speech.harmony_oracle import Heard, Oracle
+from tests.edge_node.engine.speech.harmony_speeches import (
     RELEASE,
     Vocabulary,
     check_one_text_an_id,

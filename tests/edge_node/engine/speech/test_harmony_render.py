@@ -12,9 +12,9 @@ from core.conversation import Item
 from core.errors import ReleaseError
 from edge_node.engine.speech.harmony import HarmonySpeech
 from edge_node.engine.speech.setting import Setting
+from tests.edge_node.engine.speech.harmony_conversations import conversation, setting
+from tests.edge_node.engine.speech.harmony_speeches import RELEASE, stored, tiny
 from tests.edge_node.engine.speech.tiny_tokenizer import tokenizer_json
-from tests.edge_node.harmony_conversations import conversation, setting
-from tests.edge_node.harmony_speeches import RELEASE, stored, tiny
 from tests.fakes import fake_manifest
 
 SYSTEM = """\
