@@ -43,7 +43,7 @@ from tests.edge_node.engine.speech.harmony_speeches import (
     tiny,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 FEW, MANY = 300, 10_000
 TERMINATORS = ("<|end|>", "<|call|>", "<|return|>")
 
