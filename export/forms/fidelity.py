@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,10 @@ class Fidelity:
 
     @property
     def relative_rms(self) -> float:
-        """Root of the mean squared error, relative to the weights' own."""
-        return sqrt(self.sum_squared_error / self.sum_squares) if self.sum_squared_error else 0.0
+        """Root of the mean squared error, relative to that of the weights that were compared as numbers."""
+        if self.sum_squared_error == 0:
+            return 0.0
+        return sqrt(self.sum_squared_error / self.sum_squares) if self.sum_squares else inf
 
     def __add__(self, other: Fidelity) -> Fidelity:
         """Both together: slices of one tensor."""
