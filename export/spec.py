@@ -15,6 +15,15 @@ from enum import StrEnum
 from export.errors import SourceError
 
 
+#: What is read when a release is tried out.
+MIN_CONTEXT_TOKENS = 48
+#: Beyond any model's; the rotary tables are as long as the context, and both together have at most so many bytes.
+MAX_CONTEXT_TOKENS = 1 << 21
+MAX_ROTARY_BYTES = 1 << 30
+#: More than any model has; a description is as long as its model is deep.
+MAX_LAYERS = 1024
+
+
 class Family(StrEnum):
     """Graph builders by name; the manifest's `family`."""
 
@@ -184,6 +193,22 @@ def expected_tensors(spec: DecoderSpec) -> dict[str, Expected]:
         for part in (_norms(spec), _attention(spec), _feed_forward(spec)):
             tensors |= {prefix + name: expected for name, expected in part.items()}
     return tensors
+
+
+def check_sizes(spec: DecoderSpec, where: str) -> None:
+    """Raise SourceError, naming `where`, for a context that no release can have: too short to try out, or endless."""
+    rotary_bytes_per_token = 2 * (spec.head_dim // 2) * 4
+    most = min(MAX_CONTEXT_TOKENS, MAX_ROTARY_BYTES // rotary_bytes_per_token)
+    if spec.context_tokens > most:
+        raise SourceError(
+            f"{where} says a context of {spec.context_tokens} tokens, more than this exporter's limit of {most}; "
+            "lower it there, or export another model."
+        )
+    if spec.context_tokens < MIN_CONTEXT_TOKENS:
+        raise SourceError(
+            f"{where} says a context of {spec.context_tokens} tokens; a release needs at least {MIN_CONTEXT_TOKENS}: "
+            "export another model."
+        )
 
 
 def check_tensors(spec: DecoderSpec, tensors: Mapping[str, TensorInfo], where: str) -> None:

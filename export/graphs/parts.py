@@ -69,8 +69,8 @@ def _declare_interface(draft: Draft) -> None:
 
 def _declare_rotary_tables(draft: Draft) -> None:
     cos, sin = rotary_tables(draft.spec.rope, draft.spec.head_dim, draft.spec.context_tokens)
-    draft.graph.weight(Table("rotary.cos", cos.astype(draft.floats)))
-    draft.graph.weight(Table("rotary.sin", sin.astype(draft.floats)))
+    draft.graph.weight(Table("rotary.cos", cos.astype(draft.floats, copy=False)))
+    draft.graph.weight(Table("rotary.sin", sin.astype(draft.floats, copy=False)))
 
 
 def _first_norm(draft: Draft, residual: str) -> str:

@@ -15,11 +15,23 @@ from export.forms.values import Doubles, Floats
 from export.spec import Divided, Linear, Llama3, Rope, Yarn
 
 
+#: Numbers that are worked out at a time: in float64, whole tables would be twice as large as what is kept.
+_SLICE_NUMBERS = 1 << 20
+
+
 def rotary_tables(rope: Rope, head_dim: int, context_tokens: int) -> tuple[Floats, Floats]:
     """Cosines and sines [context_tokens, head_dim / 2], computed in float64 and rounded once."""
-    angles = np.arange(context_tokens)[:, None] * frequencies(rope, head_dim)
+    radians = frequencies(rope, head_dim)
     factor = rope.scaling.attention_factor if isinstance(rope.scaling, Yarn) else 1.0
-    return (np.cos(angles) * factor).astype(np.float32), (np.sin(angles) * factor).astype(np.float32)
+    cosines = np.empty((context_tokens, len(radians)), np.float32)
+    sines = np.empty_like(cosines)
+    step = max(1, _SLICE_NUMBERS // len(radians))
+    for start in range(0, context_tokens, step):
+        positions = slice(start, min(start + step, context_tokens))
+        angles = np.arange(positions.start, positions.stop)[:, None] * radians
+        cosines[positions] = np.cos(angles) * factor
+        sines[positions] = np.sin(angles) * factor
+    return cosines, sines
 
 
 def frequencies(rope: Rope, head_dim: int) -> Doubles:

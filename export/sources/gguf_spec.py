@@ -13,7 +13,18 @@ from math import isfinite, log
 
 from export.errors import SourceError
 from export.sources.gguf_header import Metadata
-from export.spec import DecoderSpec, Divided, Family, Linear, Rope, Scaling, TensorInfo, Yarn
+from export.spec import (
+    MAX_LAYERS,
+    DecoderSpec,
+    Divided,
+    Family,
+    Linear,
+    Rope,
+    Scaling,
+    TensorInfo,
+    Yarn,
+    check_sizes,
+)
 
 #: Divisors of the rotary frequencies [head_dim / 2], by which Llama 3.1 and later are scaled.
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -61,7 +72,7 @@ def read_spec(
     if embedding is None:
         raise SourceError(f"{where} has no tensor {_EMBEDDING!r}; it is not a whole model, fetch it again.")
     layers, hidden, heads = keys.size("block_count"), keys.size("embedding_length"), keys.size("attention.head_count")
-    if layers > len(tensors):  # or a damaged count would make us expect tensors without end
+    if layers > min(len(tensors), MAX_LAYERS):  # or a damaged count would make us expect tensors without end
         raise keys.unfit("block_count", layers, f"what {len(tensors)} tensors can be")
     head_dim = keys.size("attention.key_length", hidden // heads)
     context_tokens = keys.size("context_length")
@@ -83,6 +94,7 @@ def read_spec(
         output_bias="blk.0.attn_output.bias" in tensors,
     )
     _check_heads(spec, keys, divisors)
+    check_sizes(spec, where)
     return spec
 
 

@@ -14,7 +14,18 @@ import msgspec
 
 from export.errors import SourceError
 from export.sources.hf_json import decode_json, shown
-from export.spec import DecoderSpec, ExpertSpec, Family, Linear, Llama3, Rope, Scaling, Yarn
+from export.spec import (
+    MAX_LAYERS,
+    DecoderSpec,
+    ExpertSpec,
+    Family,
+    Linear,
+    Llama3,
+    Rope,
+    Scaling,
+    Yarn,
+    check_sizes,
+)
 
 #: model_type -> what `architectures` calls its language model, and the graph that builds it.
 KNOWN = {
@@ -25,8 +36,7 @@ KNOWN = {
 }
 
 _Size = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
-#: More than any model has; a description is as long as its model is deep.
-_Layers = Annotated[int, msgspec.Meta(gt=0, le=1024)]
+_Layers = Annotated[int, msgspec.Meta(gt=0, le=MAX_LAYERS)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -124,7 +134,7 @@ def read_spec(config: Config, where: str) -> DecoderSpec:
     _refuse_other_feed_forwards(config, where)
     _refuse_other_weights(config, where)
     heads, kv_heads = config.num_attention_heads, _kv_heads(config, where)
-    return DecoderSpec(
+    spec = DecoderSpec(
         family=KNOWN[config.model_type][1],
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -143,6 +153,8 @@ def read_spec(config: Config, where: str) -> DecoderSpec:
         sinks=config.model_type == "gpt_oss",
         experts=_experts(config, where) if config.model_type == "gpt_oss" else None,
     )
+    check_sizes(spec, where)
+    return spec
 
 
 def _refuse_other_feed_forwards(config: Config, where: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from math import log
 from typing import Any
@@ -106,3 +107,22 @@ def test_tables_are_the_real_cosines_and_sines_rounded_once(rope: Rope) -> None:
     np.testing.assert_allclose(cosines[-1], np.cos(angles) * factor, atol=1e-7, rtol=0)
     np.testing.assert_allclose(sines[-1], np.sin(angles) * factor, atol=1e-7, rtol=0)
     np.testing.assert_allclose(np.hypot(cosines, sines), factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rope", [LLAMA_3_1, GPT_OSS])
+def test_tables_in_slices_are_the_tables_at_once_bit_for_bit(rope: Rope) -> None:
+    angles = np.arange(70_001)[:, None] * frequencies(rope, 64)
+    factor = rope.scaling.attention_factor if isinstance(rope.scaling, Yarn) else 1.0
+    cosines, sines = rotary_tables(rope, 64, 70_001)
+    np.testing.assert_array_equal(cosines, (np.cos(angles) * factor).astype(np.float32))
+    np.testing.assert_array_equal(sines, (np.sin(angles) * factor).astype(np.float32))
+
+
+def test_a_long_context_takes_little_more_memory_than_its_tables() -> None:
+    tracemalloc.start()
+    try:
+        tables = rotary_tables(GPT_OSS, 64, 1 << 19)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - sum(table.nbytes for table in tables) < 64 << 20  # a table in float64: 128 MiB

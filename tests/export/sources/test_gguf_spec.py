@@ -131,6 +131,8 @@ def test_a_tensor_that_nobody_expects_keeps_its_name() -> None:
         ({"llama.block_count": None}, "'llama.block_count' of x.gguf is None, not a positive whole number"),
         ({"llama.block_count": -1}, "'llama.block_count' of x.gguf is -1"),
         ({"llama.block_count": 1 << 30}, "'llama.block_count' of x.gguf is 1073741824, not what 20 tensors can be"),
+        ({"llama.context_length": (1 << 31) - 1}, "a context of 2147483647 tokens, more than this exporter's limit of"),
+        ({"llama.context_length": 47}, "a context of 47 tokens; a release needs at least 48"),
         ({"llama.attention.head_count": "4"}, "'llama.attention.head_count' of x.gguf is '4'"),
         ({"llama.attention.head_count": True}, "'llama.attention.head_count' of x.gguf is True"),
         ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "is 0.0, not a positive number"),

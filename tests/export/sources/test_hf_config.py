@@ -321,6 +321,17 @@ class TestDamage:
     def test_a_depth_that_no_model_has_is_not_described(self) -> None:
         refused("num_hidden_layers", LLAMA, num_hidden_layers=1_000_000_000)
 
+    @pytest.mark.parametrize(("tokens", "head_dim"), [(1 << 21, 64), (1 << 20, 256)])
+    def test_a_context_whose_tables_would_never_end_is_refused(self, tokens: int, head_dim: int) -> None:
+        assert spec_of(LLAMA, max_position_embeddings=tokens, head_dim=head_dim).context_tokens == tokens
+        words = rf"says a context of {tokens + 1} tokens, more than this exporter's limit of {tokens}; lower it"
+        refused(words, LLAMA, max_position_embeddings=tokens + 1, head_dim=head_dim)
+        refused("says a context of 2147483647 tokens", LLAMA, max_position_embeddings=(1 << 31) - 1)
+
+    def test_a_context_too_short_to_try_a_release_out_is_refused(self) -> None:
+        assert spec_of(LLAMA, max_position_embeddings=48).context_tokens == 48
+        refused("a context of 47 tokens; a release needs at least 48", LLAMA, max_position_embeddings=47)
+
     @pytest.mark.parametrize(
         ("changes", "words"),
         [

@@ -28,13 +28,14 @@ ENDOFTEXT, IM_START, IM_END = range(3)
 
 def spec_of(vocab: int) -> DecoderSpec:
     """Any llama of that vocabulary."""
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = {
         "model_type": "llama",
         "vocab_size": vocab,
         "rms_norm_eps": 1e-5,
         **dict.fromkeys(sizes, 8),
         "head_dim": 2,
+        "max_position_embeddings": 64,
     }
     return read_spec(read_config(json.dumps(config).encode(), "config.json"), "config.json")
 
