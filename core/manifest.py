@@ -6,6 +6,7 @@ Does not know how files are read or hashed (export writes, `edge_node/release/mo
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -16,10 +17,13 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = 2
 GRAPH_ABI = 1
 CHUNK_BYTES = 8 * 1024 * 1024
+CONTEXT_TOKENS_MAX = 2**31
+"""Lengths of sequences are 32-bit numbers in the graph."""
 
 _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _RELEASE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}@[0-9a-f]{12}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_INT64_MAX = 2**63 - 1
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -163,7 +167,35 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
             raise ReleaseError(f"{where} does not list its own file {needed!r}; export the model again.")
     if manifest.speech == "chat_template" and manifest.chat_template is None:
         raise ReleaseError(f"{where} speaks by a chat template but names none; export the model again.")
+    for name, value, least, most in _numbers(manifest):
+        if not least <= value <= most:
+            limit = f"between {least} and {most}" if most < _INT64_MAX else f"{least} or more"
+            raise ReleaseError(f"{where} says that {name} is {value}, which must be {limit}; export the model again.")
     return manifest
+
+
+def _numbers(manifest: Manifest) -> Iterator[tuple[str, int, int, int]]:
+    """(name, value, least, most) of every number that a node computes with; a bound stands before those it bounds."""
+    yield "vocab_size", manifest.vocab_size, 1, _INT64_MAX
+    yield "tokenizer_size", manifest.tokenizer_size, 1, manifest.vocab_size
+    yield "context_tokens", manifest.context_tokens, 2, CONTEXT_TOKENS_MAX
+    yield "kv.layers", manifest.kv.layers, 1, _INT64_MAX
+    yield "kv.kv_heads", manifest.kv.kv_heads, 1, _INT64_MAX
+    yield "kv.head_dim", manifest.kv.head_dim, 1, _INT64_MAX
+    last_id = manifest.tokenizer_size - 1
+    yield "the number of stop_ids", len(manifest.stop_ids), 1, manifest.tokenizer_size
+    for token in manifest.stop_ids:
+        yield "one of stop_ids", token, 0, last_id
+    if manifest.bos_id is not None:
+        yield "bos_id", manifest.bos_id, 0, last_id
+    for number, golden in enumerate(manifest.golden):
+        name = f"golden[{number}]"
+        yield f"the length of {name}.prompt_ids", len(golden.prompt_ids), 1, manifest.context_tokens - 1
+        yield f"the length of {name}.ids", len(golden.ids), 1, manifest.context_tokens - len(golden.prompt_ids)
+        for token in golden.prompt_ids:
+            yield f"one of {name}.prompt_ids", token, 0, manifest.vocab_size - 1
+        for token in golden.ids:
+            yield f"one of {name}.ids", token, 0, last_id
 
 
 def _check_chunks(file: ReleaseFile, where: str) -> None:

@@ -4,12 +4,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from core.errors import ReleaseError
 from core.manifest import (
     CHUNK_BYTES,
     Chunk,
+    Golden,
     KvShape,
     Manifest,
     ReleaseFile,
@@ -114,6 +116,52 @@ def test_what_is_no_release_of_ours_is_refused_with_the_place_and_the_reason(dat
     assert words in refused.value.message
     assert refused.value.message.startswith("releases/m/manifest.json")
     assert refused.value.message.endswith(".")
+
+
+def kv(**fields: int) -> dict[str, Any]:
+    return {"kv": json.loads(encode_manifest(MANIFEST))["kv"] | fields}
+
+
+def golden(prompt_ids: Sequence[int], ids: Sequence[int]) -> dict[str, Any]:
+    return {"golden": [{"prompt_ids": prompt_ids, "ids": ids, "min_margin": 0.5, "made_by": "a test"}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 2**63}, "vocab_size is 9223372036854775808"),
+        ({"tokenizer_size": 0}, "tokenizer_size is 0, which must be between 1 and 100"),
+        ({"tokenizer_size": 101}, "tokenizer_size is 101"),
+        ({"context_tokens": 1}, "context_tokens is 1"),
+        ({"context_tokens": 2**31 + 1}, "context_tokens is 2147483649"),
+        (kv(layers=0), "kv.layers is 0, which must be 1 or more"),
+        (kv(kv_heads=-1), "kv.kv_heads is -1"),
+        (kv(head_dim=0), "kv.head_dim is 0"),
+        ({"stop_ids": []}, "the number of stop_ids is 0"),
+        ({"stop_ids": [2, -1]}, "one of stop_ids is -1"),
+        ({"stop_ids": [99]}, "one of stop_ids is 99, which must be between 0 and 98"),
+        ({"bos_id": -1}, "bos_id is -1"),
+        ({"bos_id": 99}, "bos_id is 99"),
+        (golden([], [1]), "the length of golden[0].prompt_ids is 0"),
+        (golden([1], []), "the length of golden[0].ids is 0"),
+        (golden([1] * 2000, [1] * 49), "the length of golden[0].ids is 49, which must be between 1 and 48"),
+        (golden([-1], [1]), "one of golden[0].prompt_ids is -1"),
+        (golden([100], [1]), "one of golden[0].prompt_ids is 100"),
+        (golden([1], [99]), "one of golden[0].ids is 99"),
+    ],
+)
+def test_a_number_that_no_model_has_is_named(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ReleaseError) as refused:
+        decode_manifest(changed(**fields), "here")
+    assert words in refused.value.message
+    assert refused.value.message.startswith("here")
+
+
+def test_numbers_at_their_bounds_are_read() -> None:
+    golden = Golden([99] * 2000, [98] * 48, 0.0, "a test")
+    manifest = msgspec.structs.replace(MANIFEST, stop_ids=[0, 98], bos_id=98, golden=[golden])
+    assert decode_manifest(encode_manifest(manifest), "here") == manifest
 
 
 def test_a_release_is_named_after_its_model_and_digest() -> None:
