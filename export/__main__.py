@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import signal
 import sys
 import time
@@ -10,13 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from core.errors import EdgechatError
 from core.manifest import Manifest
+from export.errors import TargetError
 from export.recipes import Dense, Recipe
 
 REFUSED = 2
 INTERRUPTED = 130
+UNREAD = 141  # what a shell reports for a command whose reader went away
 
 _AUTO = "auto"
 
@@ -55,9 +60,30 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM ends an export as Ctrl-C does."""
 
 
+class Unread(Exception):
+    """Whoever read the output has gone, as `head` does when it has enough."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    _escape_what_cannot_be_encoded()
+    try:
+        return _run(words)
+    except Unread:
+        return UNREAD
+    except EdgechatError as error:
+        _complain(error.message)
+        return REFUSED
+    except ModuleNotFoundError as error:
+        _complain(f"{error.name} is not installed; pip install 'edgechat[export,edge-cpu]'.")
+        return REFUSED
+    except KeyboardInterrupt:
+        _complain("interrupted.")
+        return INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
     try:
         match words:
             case ["verify", *rest]:
@@ -66,15 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
                 return _inspect(_inspect_parser().parse_args(rest))
             case _:
                 return _export(_export_parser().parse_args(words))
-    except EdgechatError as error:
-        print(f"export: {error.message}", file=sys.stderr)
-        return REFUSED
-    except ModuleNotFoundError as error:
-        print(f"export: {error.name} is not installed; pip install 'edgechat[export,edge-cpu]'.", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print("export: interrupted.", file=sys.stderr)
-        return INTERRUPTED
+    except SystemExit:
+        with _written_out():  # --help is still in the buffer
+            raise
 
 
 # What computes is imported where it is used, so that --help and usage errors do not wait for numpy and onnx.
@@ -101,7 +121,7 @@ def _export(options: argparse.Namespace) -> int:
             outcome = export(order, _tell)
     except KeyboardInterrupt:
         go_on = "; the same command with --resume continues" if staging_of(out).journal.exists() else ""
-        print(f"export: interrupted, {out} is as it was{go_on}.", file=sys.stderr)
+        _complain(f"interrupted, {out} is as it was{go_on}.")
         return INTERRUPTED
     manifest = outcome.manifest
     if outcome.fresh:
@@ -110,7 +130,7 @@ def _export(options: argparse.Namespace) -> int:
     else:
         how = "was there already (--force writes it again)"
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
-    print(f"{manifest.release} ({manifest.variant}, {size_mb:.0f} MB) in {out}: {how}.")
+    _say(f"{manifest.release} ({manifest.variant}, {size_mb:.0f} MB) in {out}: {how}.")
     return 0
 
 
@@ -120,13 +140,13 @@ def _verify(options: argparse.Namespace) -> int:
 
     def seen(check: Check) -> None:
         if not options.json:
-            print(check.line(), flush=True)
+            _say(check.line())
 
     report = verify(options.release, options.reference, seen)
     if options.json:
-        sys.stdout.buffer.write(report.to_json())
+        _hand_over(report.to_json())
     else:
-        print(report.summary())
+        _say(report.summary())
     return 0 if report.ok else REFUSED
 
 
@@ -135,14 +155,65 @@ def _inspect(options: argparse.Namespace) -> int:
 
     inspection = inspect(options.release)
     if options.json:
-        sys.stdout.buffer.write(inspection.to_json())
+        _hand_over(inspection.to_json())
     else:
-        print(*inspection.lines(), sep="\n")
+        for line in inspection.lines():
+            _say(line)
     return 0
 
 
 def _tell(line: str) -> None:
-    print(f"export: {line}.", file=sys.stderr, flush=True)
+    _complain(f"{line}.")
+
+
+def _say(line: str) -> None:
+    """A line of what was asked for."""
+    with _written_out():
+        print(line)
+
+
+def _hand_over(data: bytes) -> None:
+    """What was asked for, for a program."""
+    with _written_out():
+        sys.stdout.buffer.write(data)
+
+
+def _complain(line: str) -> None:
+    """A line beside what was asked for. Where it cannot be written nobody can be told so, and the work goes on."""
+    try:
+        print(f"export: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+@contextmanager
+def _written_out() -> Iterator[None]:
+    """Flush stdout after the block; raises Unread if nobody reads it, TargetError if it cannot be written."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        _silence(sys.stdout)
+        raise Unread from error
+    except OSError as error:
+        _silence(sys.stdout)
+        raise TargetError(f"The output cannot be written ({error.strerror}); send it somewhere else.") from error
+
+
+def _silence(stream: TextIO) -> None:
+    """Drop what is left in the buffer: the interpreter would try it again at its end, and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _escape_what_cannot_be_encoded() -> None:
+    """A golden prompt may be in any script, a terminal in ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _warn(manifest: Manifest) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from export.__main__ import REFUSED, main
+from core.manifest import MANIFEST_NAME, encode_manifest
+from export.__main__ import REFUSED, UNREAD, main
 from export.recipes import Recipe
 from export.release.data import DATA_FILE
 from export.sources.opening import open_checkpoint
@@ -282,3 +284,58 @@ def test_a_moved_release_is_still_whole(tmp_path: Path, tiny_gguf: Path) -> None
     assert main([str(tiny_gguf), "--out", str(tmp_path / "here"), "--model", "tiny", "--no-run"]) == 0
     shutil.move(tmp_path / "here", tmp_path / "there")
     assert is_whole(tmp_path / "there")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Path:
+    """A release that no test changes, of a model whose name is beyond ASCII."""
+    folder = tmp_path_factory.mktemp("spoken") / "release"
+    assert main([str(tiny_gguf), "--out", str(folder), "--recipe", "gguf-exact", "--no-run"]) == 0
+    manifest = manifest_in(folder)
+    source = msgspec.structs.replace(manifest.source, name="Modell-Größe-模型")
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(msgspec.structs.replace(manifest, source=source)))
+    return folder
+
+
+def in_shell(line: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """A line of a shell in which "$@" is the exporter and its words."""
+    command = [sys.executable, "-m", "export", *map(str, words)]
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}", "bash", *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_reader_that_has_enough_is_no_error(release: Path, command: str) -> None:
+    # `true` reads nothing at all, so that the first line already finds nobody.
+    done = in_shell('{ sleep 0.2; "$@"; } | true', command, release)
+    assert (done.returncode, done.stderr) == (UNREAD, "")
+
+
+def test_help_that_nobody_reads_is_no_error() -> None:
+    done = in_shell('{ sleep 0.2; "$@"; } | true', "--help")
+    assert done.returncode in (0, UNREAD)  # argparse may have met the broken pipe first; it says nothing
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["verify"], ["verify", "--json"]])
+def test_output_that_cannot_be_written_is_one_sentence(release: Path, words: list[str]) -> None:
+    done = in_shell('"$@" > /dev/full', *words, release)
+    assert done.returncode == REFUSED
+    assert done.stderr == ("export: The output cannot be written (No space left on device); send it somewhere else.\n")
+
+
+def test_an_export_that_nobody_listens_to_still_exports(tmp_path: Path, tiny_gguf: Path) -> None:
+    done = in_shell('"$@" 2> /dev/full', tiny_gguf, "--out", tmp_path / "release", "--no-run")
+    assert done.returncode == 0
+    assert is_whole(tmp_path / "release")
+
+
+def test_a_terminal_without_the_letters_gets_escapes(release: Path) -> None:
+    done = in_shell('PYTHONIOENCODING=ascii "$@"', "inspect", release)
+    assert done.returncode == 0, done.stderr
+    assert r"Modell-Gr\xf6\xdfe-\u6a21\u578b" in done.stdout
