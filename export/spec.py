@@ -14,7 +14,6 @@ from enum import StrEnum
 
 from export.errors import SourceError
 
-
 #: What is read when a release is tried out.
 MIN_CONTEXT_TOKENS = 48
 #: Beyond any model's; the rotary tables are as long as the context, and both together have at most so many bytes.
@@ -22,6 +21,10 @@ MAX_CONTEXT_TOKENS = 1 << 21
 MAX_ROTARY_BYTES = 1 << 30
 #: More than any model has; a description is as long as its model is deep.
 MAX_LAYERS = 1024
+#: Every number of a description must be one that a graph can hold: normal in float32.
+SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+#: The rotary tables hold cosines and sines times a factor, at worst in float16.
+MAX_ATTENTION_FACTOR = 65_504.0
 
 
 class Family(StrEnum):
@@ -195,8 +198,17 @@ def expected_tensors(spec: DecoderSpec) -> dict[str, Expected]:
     return tensors
 
 
-def check_sizes(spec: DecoderSpec, where: str) -> None:
-    """Raise SourceError, naming `where`, for a context that no release can have: too short to try out, or endless."""
+def check_limits(spec: DecoderSpec, where: str) -> None:
+    """Raise SourceError, naming `where`, for what no release can have.
+
+    A context that is endless or too short to try out, rotary tables that are not finite.
+    """
+    scaling = spec.rope.scaling
+    if isinstance(scaling, Yarn) and not SMALLEST_NUMBER <= scaling.attention_factor <= MAX_ATTENTION_FACTOR:
+        raise SourceError(
+            f"{where} scales the rotary embedding by an attention_factor of {scaling.attention_factor:g}, which is not "
+            f"from {SMALLEST_NUMBER:.3g} to {MAX_ATTENTION_FACTOR:g}; correct it there, or fetch it again."
+        )
     rotary_bytes_per_token = 2 * (spec.head_dim // 2) * 4
     most = min(MAX_CONTEXT_TOKENS, MAX_ROTARY_BYTES // rotary_bytes_per_token)
     if spec.context_tokens > most:

@@ -11,16 +11,19 @@ from math import ceil, floor, log, pi
 
 import numpy as np
 
+from export.errors import SourceError
 from export.forms.values import Doubles, Floats
 from export.spec import Divided, Linear, Llama3, Rope, Yarn
-
 
 #: Numbers that are worked out at a time: in float64, whole tables would be twice as large as what is kept.
 _SLICE_NUMBERS = 1 << 20
 
 
 def rotary_tables(rope: Rope, head_dim: int, context_tokens: int) -> tuple[Floats, Floats]:
-    """Cosines and sines [context_tokens, head_dim / 2], computed in float64 and rounded once."""
+    """Cosines and sines [context_tokens, head_dim / 2], computed in float64 and rounded once.
+
+    Raises SourceError if they are not finite.
+    """
     radians = frequencies(rope, head_dim)
     factor = rope.scaling.attention_factor if isinstance(rope.scaling, Yarn) else 1.0
     cosines = np.empty((context_tokens, len(radians)), np.float32)
@@ -29,8 +32,14 @@ def rotary_tables(rope: Rope, head_dim: int, context_tokens: int) -> tuple[Float
     for start in range(0, context_tokens, step):
         positions = slice(start, min(start + step, context_tokens))
         angles = np.arange(positions.start, positions.stop)[:, None] * radians
-        cosines[positions] = np.cos(angles) * factor
-        sines[positions] = np.sin(angles) * factor
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is refused below
+            cosines[positions] = np.cos(angles) * factor
+            sines[positions] = np.sin(angles) * factor
+        if not (np.isfinite(cosines[positions]).all() and np.isfinite(sines[positions]).all()):
+            raise SourceError(
+                "The model's rotary embedding has cosines and sines that are not finite; check the rope settings of "
+                "its configuration, or fetch it again."
+            )
     return cosines, sines
 
 

@@ -9,12 +9,14 @@ llama.cpp rotates neighbouring pairs for the architecture `llama` and therefore 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite, log
+from math import log
 
 from export.errors import SourceError
 from export.sources.gguf_header import Metadata
 from export.spec import (
+    LARGEST_NUMBER,
     MAX_LAYERS,
+    SMALLEST_NUMBER,
     DecoderSpec,
     Divided,
     Family,
@@ -23,7 +25,7 @@ from export.spec import (
     Scaling,
     TensorInfo,
     Yarn,
-    check_sizes,
+    check_limits,
 )
 
 #: Divisors of the rotary frequencies [head_dim / 2], by which Llama 3.1 and later are scaled.
@@ -86,7 +88,7 @@ def read_spec(
         head_dim=head_dim,
         vocab=embedding.shape[0],
         context_tokens=context_tokens,
-        rope=Rope(keys.number("rope.freq_base", 10_000.0), _scaling(keys, divisors, context_tokens)),
+        rope=Rope(_base(keys), _scaling(keys, divisors, context_tokens)),
         norm_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
         tied_head=_HEAD not in tensors,
         windows=(keys.count("attention.sliding_window"),) * layers,
@@ -94,7 +96,7 @@ def read_spec(
         output_bias="blk.0.attn_output.bias" in tensors,
     )
     _check_heads(spec, keys, divisors)
-    check_sizes(spec, where)
+    check_limits(spec, where)
     return spec
 
 
@@ -151,9 +153,9 @@ class _Keys:
         return self.size(key) if self.get(key) not in (None, 0) else 0
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number."""
+        """A positive number, normal in float32."""
         value = default if self.get(key) is None else self.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not (value > 0 and isfinite(value)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not _is_fit(value):
             raise self.unfit(key, value, "a positive number")
         return float(value)
 
@@ -171,6 +173,17 @@ class _Keys:
                     f"{self.where} has {self.family}.{key} = {value!r:.80}, which the {self.family} graph does not "
                     "compute; export another model."
                 )
+
+
+def _is_fit(value: float) -> bool:
+    return SMALLEST_NUMBER <= value <= LARGEST_NUMBER
+
+
+def _base(keys: _Keys) -> float:
+    base = keys.number("rope.freq_base", 10_000.0)
+    if base <= 1:
+        raise keys.unfit("rope.freq_base", base, "above 1")
+    return base
 
 
 def _scaling(keys: _Keys, divisors: tuple[float, ...] | None, context_tokens: int) -> Scaling | None:
@@ -219,9 +232,7 @@ def _check_heads(spec: DecoderSpec, keys: _Keys, divisors: tuple[float, ...] | N
             f"(values: {value_dim}), {rotated} rotated; only whole heads of one even size, a multiple of the "
             "key heads, are computed: export another model."
         )
-    if divisors is not None and (
-        len(divisors) != spec.head_dim // 2 or not all(value > 0 and isfinite(value) for value in divisors)
-    ):
+    if divisors is not None and (len(divisors) != spec.head_dim // 2 or not all(map(_is_fit, divisors))):
         raise SourceError(
             f"The tensor {ROPE_DIVISORS!r} of {keys.where} has not {spec.head_dim // 2} positive numbers; "
             "the file is damaged, fetch it again."

@@ -15,7 +15,9 @@ import msgspec
 from export.errors import SourceError
 from export.sources.hf_json import decode_json, shown
 from export.spec import (
+    LARGEST_NUMBER,
     MAX_LAYERS,
+    SMALLEST_NUMBER,
     DecoderSpec,
     ExpertSpec,
     Family,
@@ -24,7 +26,7 @@ from export.spec import (
     Rope,
     Scaling,
     Yarn,
-    check_sizes,
+    check_limits,
 )
 
 #: model_type -> what `architectures` calls its language model, and the graph that builds it.
@@ -37,7 +39,8 @@ KNOWN = {
 
 _Size = Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
 _Layers = Annotated[int, msgspec.Meta(gt=0, le=MAX_LAYERS)]
-_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Positive = Annotated[float, msgspec.Meta(ge=SMALLEST_NUMBER, le=LARGEST_NUMBER)]
+_Base = Annotated[float, msgspec.Meta(gt=1, le=LARGEST_NUMBER)]
 
 
 class RopeConfig(msgspec.Struct):
@@ -45,7 +48,7 @@ class RopeConfig(msgspec.Struct):
 
     rope_type: str | None = None
     type: str | None = None
-    rope_theta: _Positive | None = None
+    rope_theta: _Base | None = None
     factor: _Positive | None = None
     original_max_position_embeddings: _Size | None = None
     low_freq_factor: _Positive | None = None
@@ -86,7 +89,7 @@ class Config(msgspec.Struct):
     tie_word_embeddings: bool = False
     attention_bias: bool | None = None
     mlp_bias: bool = False
-    rope_theta: _Positive | None = None
+    rope_theta: _Base | None = None
     rope_scaling: RopeConfig | None = None
     rope_parameters: RopeConfig | None = None
     original_max_position_embeddings: _Size | None = None
@@ -153,7 +156,7 @@ def read_spec(config: Config, where: str) -> DecoderSpec:
         sinks=config.model_type == "gpt_oss",
         experts=_experts(config, where) if config.model_type == "gpt_oss" else None,
     )
-    check_sizes(spec, where)
+    check_limits(spec, where)
     return spec
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export.errors import SourceError
 from export.graphs.rope import frequencies, rotary_tables
 from export.spec import Divided, Linear, Llama3, Rope, Scaling, Yarn
 
@@ -126,3 +127,9 @@ def test_a_long_context_takes_little_more_memory_than_its_tables() -> None:
     finally:
         tracemalloc.stop()
     assert peak - sum(table.nbytes for table in tables) < 64 << 20  # a table in float64: 128 MiB
+
+
+def test_tables_that_are_not_finite_are_refused() -> None:
+    endless = Rope(10_000.0, Yarn(2.0, 1000, 32.0, 1.0, truncate=True, attention_factor=1e300))
+    with pytest.raises(SourceError, match="not finite"):
+        rotary_tables(endless, 64, 10)

@@ -11,6 +11,8 @@ from export.sources.gguf_spec import hugging_face_name, read_spec, rotary_heads
 from export.spec import DecoderSpec, Divided, Family, Kind, Linear, Rope, TensorInfo, Yarn, expected_tensors
 from tests.export.tiny_gguf import TinyLlama, tiny_qwen2
 
+YARN = {"llama.rope.scaling.type": "yarn"}
+
 
 def spec_of(model: TinyLlama, changes: dict[str, Any] | None = None) -> DecoderSpec:
     """What is read of a model's keys; a change to None takes a key away."""
@@ -137,6 +139,12 @@ def test_a_tensor_that_nobody_expects_keeps_its_name() -> None:
         ({"llama.attention.head_count": True}, "'llama.attention.head_count' of x.gguf is True"),
         ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "is 0.0, not a positive number"),
         ({"llama.rope.freq_base": float("inf")}, "is inf, not a positive number"),
+        ({"llama.rope.freq_base": 1.0}, "'llama.rope.freq_base' of x.gguf is 1.0, not above 1"),
+        ({"llama.attention.layer_norm_rms_epsilon": 1e308}, "is 1e+308, not a positive number"),
+        ({"llama.rope.scaling.factor": 1e-320}, "'llama.rope.scaling.factor' of x.gguf is 1e-320, not"),
+        (YARN | {"llama.rope.scaling.yarn_beta_slow": 1e-308}, "yarn_beta_slow' of x.gguf is 1e-308, not"),
+        (YARN | {"llama.rope.scaling.yarn_beta_fast": 1e308}, "yarn_beta_fast' of x.gguf is 1e+308, not"),
+        (YARN | {"llama.rope.scaling.attn_factor": 1e30}, "an attention_factor of 1e+30, which is not from"),
         ({"llama.attention.head_count_kv": 3}, "4 heads over 3"),
         ({"llama.rope.dimension_count": 8}, "8 rotated"),
         ({"llama.attention.value_length": 32}, "(values: 32)"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from export.errors import SourceError
 from export.graphs.rope import frequencies, rotary_tables
 from export.sources.hf_config import architecture_of, read_config, read_spec
-from export.spec import DecoderSpec, ExpertSpec, Family, Llama3, Rope, Yarn
+from export.spec import LARGEST_NUMBER, SMALLEST_NUMBER, DecoderSpec, ExpertSpec, Family, Llama3, Rope, Yarn
 from tests.tools.gpt_oss_checkpoint import FULL, model_config
 
 WHERE = "model/config.json"
@@ -327,6 +327,37 @@ class TestDamage:
         words = rf"says a context of {tokens + 1} tokens, more than this exporter's limit of {tokens}; lower it"
         refused(words, LLAMA, max_position_embeddings=tokens + 1, head_dim=head_dim)
         refused("says a context of 2147483647 tokens", LLAMA, max_position_embeddings=(1 << 31) - 1)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("rope_theta", 1.0),
+            ("factor", 1e-320),
+            ("beta_slow", 1e-308),
+            ("beta_fast", 1e308),
+            ("attention_factor", 1e300),
+            ("attention_factor", 1e30),
+            ("mscale", 1e-320),
+        ],
+    )
+    def test_a_number_of_the_rope_that_no_table_can_hold_is_refused(self, key: str, value: float) -> None:
+        refused(key, LLAMA, rope_scaling=YARN | {key: value})
+
+    @pytest.mark.parametrize("factor", [LARGEST_NUMBER, SMALLEST_NUMBER])
+    @pytest.mark.parametrize("base", [1 + 1e-15, LARGEST_NUMBER])
+    @pytest.mark.parametrize("beta", [LARGEST_NUMBER, SMALLEST_NUMBER])
+    @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+    def test_the_outermost_numbers_give_finite_tables(self, kind: str, factor: float, base: float, beta: float) -> None:
+        rope = {"rope_type": kind, "factor": factor, "beta_fast": beta, "beta_slow": beta, "attention_factor": 65_504.0}
+        rope |= {"low_freq_factor": SMALLEST_NUMBER, "high_freq_factor": beta + 2 * SMALLEST_NUMBER}
+        spec = spec_of(LLAMA, rope_scaling=rope, rope_theta=base, max_position_embeddings=100)
+        tables = rotary_tables(spec.rope, spec.head_dim, spec.context_tokens)
+        assert all(np.isfinite(table.astype(np.float16)).all() for table in tables)
+
+    @pytest.mark.parametrize(("model", "key"), [("llama", "rms_norm_eps"), ("gpt_oss", "swiglu_limit")])
+    @pytest.mark.parametrize("value", [1e308, 1e-320])
+    def test_a_number_that_float32_cannot_hold_is_refused(self, model: str, key: str, value: float) -> None:
+        refused(key, MODELS[model], **{key: value})
 
     def test_a_context_too_short_to_try_a_release_out_is_refused(self) -> None:
         assert spec_of(LLAMA, max_position_embeddings=48).context_tokens == 48
