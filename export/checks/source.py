@@ -1,4 +1,4 @@
-"""A release against the checkpoint that it was made from: identity, text files, graph, and every weight.
+"""A release against the checkpoint that it was made from: identity, text files, manifest, graph, and every weight.
 
 Weights are read back through the graph's own offsets, a slice at a time, and compared as real numbers with what the
 source stands for, each within the bound of its form. Does not know digests of files or how a graph is run.
@@ -6,26 +6,30 @@ source stands for, each within the bound of its form. Does not know digests of f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto
 
-from core.manifest import Manifest, release_name
+from core.manifest import MANIFEST_NAME, KvShape, Manifest, release_name
 from export import EXPORTER_VERSION
-from export.build import release_digest
+from export.build import QUALITY_FILE, TEMPLATE_FILE, TOKENIZER_FILE, release_digest
 from export.checks.report import Check, Verdict
-from export.errors import TargetError
+from export.errors import SourceError, TargetError
 from export.forms.fidelity import Fidelity, measure
 from export.forms.matrix import DenseFloat
 from export.graphs.builder import Matrix, Table, Vector
 from export.recipes import Dense, Plan, Recipe
-from export.release.data import Drawing
+from export.release.data import GRAPH_FILE, Drawing
 from export.release.places import Place
 from export.release.written import WrittenGraph, WrittenMatrix
 from export.sources.checkpoint import Checkpoint
 from export.sources.digest import SourceDigest
+from export.spec import Role, expected_tensors
+from export.trial.quality_report import decode_report
+from export.trial.trial import NOT_ASKED
 
 _SLICE_WEIGHTS = 1 << 20
 """Weights that are compared at a time: 8 MB in float64, a few times over."""
@@ -42,7 +46,9 @@ def check_source(folder: Path, manifest: Manifest, checkpoint: Checkpoint | None
     yield _identity(manifest, checkpoint)
     yield from _texts(folder, manifest, checkpoint)
     with WrittenGraph(folder / manifest.graph) as written:
-        drawing = Drawing.of(checkpoint, _plan(written.model, manifest))
+        drawing = _drawn(checkpoint, _plan(written.model, manifest))
+        yield _fields(manifest, drawing, _notes(written.model))
+        yield _claims(folder, manifest, checkpoint)
         difference = _difference(written.model, drawing)
         if difference is None:
             nodes = len(written.model.graph.node)
@@ -83,8 +89,12 @@ def _texts(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator
     for name, expected in ((manifest.tokenizer, speech.tokenizer_json), (manifest.chat_template, template)):
         if name is None:
             continue
-        path = folder / name
-        if path.is_file() and path.read_bytes() == expected:
+        try:
+            same = (folder / name).read_bytes() == expected
+        except (OSError, ValueError) as error:  # the latter for a name that no file can have
+            yield Check(Verdict.BROKEN, f"content of {name}", f"cannot be read ({error}); copy the release again.")
+            continue
+        if same:
             yield Check(Verdict.OK, f"content of {name}", "is the reference's.")
         else:
             yield Check(Verdict.BROKEN, f"content of {name}", "is not the reference's; export the model again.")
@@ -100,6 +110,75 @@ def _plan(model: ModelProto, manifest: Manifest) -> Plan:
     if plan.variant != manifest.variant:
         raise TargetError(f"The graph is of the variant {plan.variant}, the manifest says {manifest.variant}.")
     return plan
+
+
+def _drawn(checkpoint: Checkpoint, plan: Plan) -> Drawing:
+    try:
+        return Drawing.of(checkpoint, plan)
+    except SourceError as error:
+        raise TargetError(f"The graph is of the variant {plan.variant}, not made of this: {error.message}") from error
+
+
+def _fields(manifest: Manifest, drawing: Drawing, notes: Mapping[str, str]) -> Check:
+    """Whatever the manifest says that is known from the checkpoint, the recipe and the graph's own notes.
+
+    Not what was measured, and neither the alias nor the checkpoint's name, which anybody may change.
+    """
+    for name, expected in _expected(drawing, notes).items():
+        found = attrgetter(name)(manifest)
+        if found != expected:
+            return Check(
+                Verdict.BROKEN,
+                MANIFEST_NAME,
+                f"{name} is {found!r:.80}, {expected!r:.80} by the reference and the graph; export the model again.",
+            )
+    return Check(Verdict.OK, MANIFEST_NAME, "says what the reference and the graph say.")
+
+
+def _expected(drawing: Drawing, notes: Mapping[str, str]) -> dict[str, object]:
+    """Fields of the manifest, as an export of the checkpoint fills them in."""
+    spec, speech, plan = drawing.checkpoint.spec, drawing.checkpoint.speech, drawing.plan
+    has_template = speech.chat_template is not None
+    return {
+        "release": notes.get("release"),
+        "exporter_version": notes.get("exporter_version"),
+        "source.sha256": notes.get("source_sha256"),
+        "source.architecture": drawing.checkpoint.architecture,
+        "family": spec.family.value,
+        "context_tokens": spec.context_tokens,
+        "vocab_size": spec.vocab,
+        "tokenizer_size": speech.size,
+        "kv": KvShape(spec.layers, spec.kv_heads, spec.head_dim, "float16" if plan.floats == "float16" else "float32"),
+        "stop_ids": list(speech.stop_ids),
+        "bos_id": speech.bos_id,
+        "device": plan.recipe.device.value,
+        "operators": drawing.graph.operators(),
+        "speech": "chat_template" if has_template else "harmony",
+        "graph": GRAPH_FILE,
+        "tokenizer": TOKENIZER_FILE,
+        "chat_template": TEMPLATE_FILE if has_template else None,
+        "quality": QUALITY_FILE,
+    }
+
+
+def _claims(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Check:
+    """Whether the claims are those of an export, and that of the weights is what quality.json comes to."""
+    path = folder / QUALITY_FILE
+    try:
+        report = decode_report(path.read_bytes(), str(path))
+    except OSError as error:
+        return Check(Verdict.BROKEN, "claims", f"{path} cannot be read ({error.strerror}); copy the release again.")
+    except TargetError as error:
+        return Check(Verdict.BROKEN, "claims", error.message)
+    expected = expected_tensors(checkpoint.spec)
+    weights = report.weights_claim({name for name, tensor in expected.items() if tensor.role is Role.EXPERTS})
+    if manifest.claims.get("weights") != weights:
+        return Check(
+            Verdict.BROKEN, "claims", f"what is said of the weights is not what {QUALITY_FILE} says: {weights}."
+        )
+    if manifest.claims.keys() != {"weights", *NOT_ASKED.claims}:
+        return Check(Verdict.BROKEN, "claims", f"{sorted(manifest.claims)!r:.80} are not those of an export.")
+    return Check(Verdict.OK, "claims", f"what is said of the weights is what {QUALITY_FILE} says.")
 
 
 def _notes(model: ModelProto) -> dict[str, str]:

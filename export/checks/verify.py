@@ -10,6 +10,7 @@ Does not know how a graph is run or how weights are compared.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,9 @@ from export.release.writer import count_intact
 from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
 
+_WHOLE = ("source", MANIFEST_NAME)
+"""What must be right if two models are to be compared position by position."""
+
 
 def verify(folder: Path, reference: str | None = None, seen: Callable[[Check], None] = lambda check: None) -> Report:
     """Check the release in `folder`; `seen` hears of each check when it is made.
@@ -32,13 +36,14 @@ def verify(folder: Path, reference: str | None = None, seen: Callable[[Check], N
     if there is no release in `folder`; whatever is wrong with the release itself stands in the report.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TargetError(f"There is no {MANIFEST_NAME} in {folder}; name the folder of a release.")
     checkpoint = None if reference is None else open_checkpoint(reference)
     try:
         manifest = decode_manifest(path.read_bytes(), str(path))
-    except ReleaseError as error:
-        check = Check(Verdict.BROKEN, MANIFEST_NAME, error.message)
+    except (ReleaseError, OSError) as error:
+        fault = error.message if isinstance(error, ReleaseError) else _unreadable(error)
+        check = Check(Verdict.BROKEN, MANIFEST_NAME, fault)
         seen(check)
         return Report(folder.name, "unknown", [check])
     checks = []
@@ -51,14 +56,20 @@ def verify(folder: Path, reference: str | None = None, seen: Callable[[Check], N
 def _checks(folder: Path, manifest: Manifest, checkpoint: Checkpoint | None) -> Iterator[Check]:
     files = list(check_files(folder, manifest))
     yield from files
-    yield from _or_broken("source", check_source(folder, manifest, checkpoint))
+    is_the_reference_s = True
+    for check in _or_broken("source", check_source(folder, manifest, checkpoint)):
+        is_the_reference_s &= check.verdict is not Verdict.BROKEN or check.subject not in _WHOLE
+        yield check
     runs = _why_not_run(files)
     if runs is not None:
         yield Check(Verdict.SKIPPED, "golden prompts", runs)
         yield Check(Verdict.SKIPPED, "logits", runs)
         return
     yield from _or_broken("golden prompts", check_golden(folder, manifest))
-    yield from _or_broken("logits", check_logits(folder, manifest, checkpoint))
+    if is_the_reference_s:
+        yield from _or_broken("logits", check_logits(folder, manifest, checkpoint))
+    else:
+        yield Check(Verdict.SKIPPED, "logits", "the reference is of another model, or the manifest says so.")
 
 
 def _why_not_run(files: list[Check]) -> str | None:
@@ -80,16 +91,23 @@ def _or_broken(subject: str, checks: Iterator[Check]) -> Iterator[Check]:
 def check_files(folder: Path, manifest: Manifest) -> Iterator[Check]:
     """Every listed file by its chunks, and whether there are others."""
     for file in manifest.files:
-        fault = _fault(folder / file.path, file)
+        try:
+            fault = _fault(folder / file.path, file)
+        except OSError as error:
+            fault = _unreadable(error)
         size = f"as listed: {file.size_bytes:,} bytes, chunks: {len(file.chunks)}."
         yield Check(Verdict.BROKEN, file.path, fault) if fault else Check(Verdict.OK, file.path, size)
     listed = {MANIFEST_NAME, *(file.path for file in manifest.files)}
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not os.path.isdir(path)}
     if stray := sorted(found - listed):
         others = f"{stray[0]!r} and {len(stray) - 1} others" if len(stray) > 1 else repr(stray[0])
         yield Check(Verdict.BROKEN, "other files", f"{others} in the folder, which the manifest does not list.")
     else:
         yield Check(Verdict.OK, "other files", "none.")
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read ({error.strerror}); make it readable, or export or copy the release again."
 
 
 def _fault(path: Path, listed: ReleaseFile) -> str | None:

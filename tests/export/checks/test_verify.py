@@ -13,7 +13,7 @@ import msgspec
 import onnx
 import pytest
 
-from core.manifest import MANIFEST_NAME, Chunk, Manifest, ReleaseFile, decode_manifest, encode_manifest
+from core.manifest import MANIFEST_NAME, Chunk, KvShape, Manifest, ReleaseFile, Source, decode_manifest, encode_manifest
 from export.build import Order, export
 from export.checks.report import Check, Report, Verdict
 from export.checks.source import check_source
@@ -276,6 +276,99 @@ def test_a_variant_that_the_graph_is_not_of_is_found(release: Path, gguf: Path) 
     change_manifest(release, lambda manifest: msgspec.structs.replace(manifest, variant="gguf-parity"))
     with pytest.raises(TargetError, match="The graph is of the variant gguf-exact, the manifest says gguf-parity"):
         of_source(release, gguf)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop_ids", [3]),
+        ("bos_id", 7),
+        ("device", "cuda"),
+        ("family", "qwen2"),
+        ("exporter_version", "9"),
+        ("quality", None),
+        ("operators", ["edgechat.MoeMxfp4"]),
+        ("kv", KvShape(9, 9, 9, "float16")),
+        ("context_tokens", 2**31),
+        ("tokenizer_size", 200),
+        ("vocab_size", 10**12),
+        ("tokenizer", "chat_template.jinja"),
+        ("chat_template", "tokenizer.json"),
+        ("source", Source("tiny.gguf", "0" * 64, "llama")),
+    ],
+)
+def test_a_field_of_the_manifest_that_was_changed_is_named(
+    release: Path, gguf: Path, field: str, value: object
+) -> None:
+    change_manifest(release, lambda manifest: msgspec.structs.replace(manifest, golden=[], **{field: value}))
+    report = verify(release, str(gguf))
+    assert broken(report)[MANIFEST_NAME].startswith(field)
+    assert "logits" in subjects(report, Verdict.SKIPPED)
+
+
+def test_an_architecture_that_was_changed_is_named(release: Path, gguf: Path) -> None:
+    def change(manifest: Manifest) -> Manifest:
+        source = msgspec.structs.replace(manifest.source, architecture="gpt-oss")
+        return msgspec.structs.replace(manifest, source=source)
+
+    change_manifest(release, change)
+    found = broken(of_source(release, gguf))
+    assert found == {
+        MANIFEST_NAME: "source.architecture is 'gpt-oss', 'llama' by the reference and the graph; "
+        "export the model again."
+    }
+
+
+def test_a_speech_that_was_changed_is_named(release: Path, gguf: Path) -> None:
+    change_manifest(release, lambda manifest: msgspec.structs.replace(manifest, speech="harmony", chat_template=None))
+    assert broken(of_source(release, gguf))[MANIFEST_NAME].startswith("speech is 'harmony', 'chat_template'")
+
+
+@pytest.mark.parametrize(
+    ("claims", "words"),
+    [
+        ({"weights": "every weight is perfect", "chunks": "", "batches": ""}, "what is said of the weights is not"),
+        ({}, "what is said of the weights is not"),
+    ],
+)
+def test_a_claim_that_was_changed_is_found(release: Path, gguf: Path, claims: dict[str, str], words: str) -> None:
+    change_manifest(release, lambda manifest: msgspec.structs.replace(manifest, claims=claims))
+    found = broken(of_source(release, gguf))
+    assert found.keys() == {"claims"}
+    assert words in found["claims"]
+
+
+def test_a_claim_that_no_export_makes_is_found(release: Path, gguf: Path) -> None:
+    change_manifest(
+        release, lambda manifest: msgspec.structs.replace(manifest, claims=manifest.claims | {"speed": "great"})
+    )
+    assert "are not those of an export" in broken(of_source(release, gguf))["claims"]
+
+
+def test_a_graph_of_a_variant_that_the_reference_cannot_become_is_refused(gpt_oss: Path, release: Path) -> None:
+    with pytest.raises(TargetError, match="The graph is of the variant gguf-exact, not made of this"):
+        of_source(release, gpt_oss)
+
+
+def test_a_manifest_that_the_system_does_not_read_is_one_line(release: Path) -> None:
+    (release / MANIFEST_NAME).unlink()
+    (release / MANIFEST_NAME).symlink_to("/proc/self/mem")  # a file whose first byte cannot be read
+    assert broken(verify(release))[MANIFEST_NAME].startswith("cannot be read (Input/output error)")
+
+
+def test_a_listed_file_that_the_system_does_not_open_is_named(release: Path) -> None:
+    name = "x" * 300
+    files = [ReleaseFile(name, 1, [Chunk(1, "0" * 64)])]
+    change_manifest(release, lambda manifest: msgspec.structs.replace(manifest, files=[*manifest.files, *files]))
+    assert broken(of_files(release))[name].startswith("cannot be read (File name too long)")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_to_read_is_named(release: Path, gguf: Path) -> None:
+    for name in (DATA, "tokenizer.json", "quality.json"):
+        (release / name).chmod(0)
+    found = broken(verify(release, str(gguf)))
+    assert {DATA, "tokenizer.json", "quality.json"} <= found.keys()
 
 
 def test_a_manifest_that_cannot_be_read_is_one_line(release: Path) -> None:
