@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +35,16 @@ from export import EXPORTER_VERSION, hardware
 from export.choice import Hardware, choose
 from export.recipes import Dense, Plan, Recipe
 from export.release.data import DATA_FILE, GRAPH_FILE, Data, Drawing, Kept, find_kept, write_data
-from export.release.writer import Staging, check_room, check_target, clear_leftover, matches, staged, write_file
+from export.release.writer import (
+    Staging,
+    check_apart,
+    check_room,
+    check_target,
+    clear_leftover,
+    matches,
+    staged,
+    write_file,
+)
 from export.sources.checkpoint import Checkpoint
 from export.sources.digest import SourceDigest
 from export.sources.opening import open_checkpoint
@@ -86,8 +96,12 @@ def export(order: Order, tell: Tell = lambda line: None) -> Outcome:
     Raises SourceError, TargetError, or ReleaseError for a bad model name; then `order.out` is as it was.
     """
     release_name(order.model, "0" * 12)
+    named = Path(order.source)
+    if os.path.lexists(named):
+        check_apart(order.out, [named])
     check_target(order.out)
     checkpoint = open_checkpoint(order.source)
+    check_apart(order.out, sorted({extent.path for name in checkpoint.tensors for extent in checkpoint.extents(name)}))
     drawing = Drawing.of(checkpoint, _plan(order, checkpoint, tell))
     present = None if order.force else _already_there(order, drawing)
     if present is not None:

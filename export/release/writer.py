@@ -20,7 +20,7 @@ import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -177,12 +178,72 @@ def count_intact(path: Path, chunks: Sequence[Chunk]) -> int:
     return len(chunks)
 
 
+class _Listed(msgspec.Struct):
+    path: str
+
+
+class _Listing(msgspec.Struct):
+    """What the manifests of all formats have in common."""
+
+    format: int
+    release: str
+    files: list[_Listed]
+
+
 def check_target(out: Path) -> None:
-    """Raise TargetError if `out` is something that an export must not replace."""
+    """Raise TargetError if `out` is something that an export must not replace: all but nothing, an empty folder, and
+    a release with nothing beside its own files."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise TargetError(f"{out} exists and is not a folder; choose another --out.")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
-        raise TargetError(f"The folder {out} holds something that is not a release; empty it or choose another --out.")
+    if not out.is_dir():
+        return
+    listed = _listed_in(out)
+    foreign = _first_foreign(out, listed or frozenset())
+    if foreign is not None:
+        fault = "is not a release, it" if listed is None else "holds more than a release, it"
+        raise TargetError(
+            f"The folder {out} {fault} holds {foreign!r}, which is not part of a release; choose another --out, or "
+            "move that away."
+        )
+
+
+def check_apart(out: Path, sources: Iterable[Path]) -> None:
+    """Raise TargetError if a file or folder that the release is made from lies where an export clears up."""
+    places = [Path(os.path.realpath(place)) for place in (out, staging_of(out).release.parent)]
+    for source in sources:
+        ends = [Path(os.path.realpath(source))]
+        if os.path.islink(source):
+            ends.append(Path(os.path.realpath(source.parent), source.name))
+        if any(end.is_relative_to(place) for end in ends for place in places):
+            raise TargetError(f"An export to {out} would clear away the checkpoint's {source}; choose another --out.")
+
+
+def _listed_in(folder: Path) -> frozenset[str] | None:
+    """The files of the release in a folder, its manifest among them; None: it is no release."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        listing = msgspec.json.decode(path.read_bytes(), type=_Listing)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return frozenset({MANIFEST_NAME, *(file.path for file in listing.files)})
+
+
+def _first_foreign(folder: Path, listed: frozenset[str], under: str = "") -> str | None:
+    """The first file, link or folder that is not listed, by its path in the release; hidden ones are no exception."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = under + entry.name
+            if not entry.is_dir(follow_symlinks=False):
+                foreign = None if name in listed else name
+            elif any(path.startswith(f"{name}/") for path in listed):
+                foreign = _first_foreign(folder / entry.name, listed, f"{name}/")
+            else:
+                foreign = name
+            if foreign is not None:
+                return foreign
+    return None
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
@@ -232,6 +293,7 @@ def staged(out: Path, keep: bool = False) -> Iterator[Staging]:
                     _clear(folder)
                 staging.release.mkdir(exist_ok=True)
                 yield staging
+                check_target(out)  # hours may have passed since
                 _publish(staging.release, out)
             except Exception:
                 _restore(folder, out)

@@ -11,7 +11,7 @@ import pytest
 from core.errors import ReleaseError
 from core.manifest import MANIFEST_NAME, Manifest, decode_manifest, model_of
 from export.build import QUALITY_FILE, Order, export, release_digest
-from export.errors import SourceError
+from export.errors import SourceError, TargetError
 from export.recipes import Dense, Recipe
 from export.release import weights
 from export.release.data import DATA_FILE, GRAPH_FILE
@@ -308,3 +308,15 @@ def test_a_context_too_short_to_be_tried_is_refused(tmp_path: Path) -> None:
 def test_a_bad_model_name_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match="model name 'Bad Name'"):
         export(Order(str(tmp_path / "missing.gguf"), tmp_path / "release", "Bad Name", Recipe.GGUF_EXACT))
+
+
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_a_checkpoint_is_not_replaced_by_its_release(tmp_path: Path, by_folder: bool) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    source = TinyLlama().write(model / "tiny.gguf")
+    listing = {"format": 2, "release": "tiny@1", "files": [{"path": source.name}]}
+    (model / MANIFEST_NAME).write_text(json.dumps(listing))
+    with pytest.raises(TargetError, match="would clear away the checkpoint's"):
+        make(model if by_folder else source, model, Recipe.GGUF_EXACT)
+    assert source.exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import resource
@@ -22,7 +23,9 @@ from export.release.writer import (
     PAGE_BYTES,
     DataFile,
     Staging,
+    check_apart,
     check_room,
+    check_target,
     clear_leftover,
     count_intact,
     matches,
@@ -35,9 +38,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def release(folder: Path, text: str) -> None:
+def manifest(release: str, *files: str) -> str:
+    return json.dumps({"format": 1, "release": release, "files": [{"path": path} for path in files]})
+
+
+def release(folder: Path, name: str, *files: str) -> None:
     folder.mkdir(parents=True)
-    (folder / MANIFEST_NAME).write_text(text)
+    (folder / MANIFEST_NAME).write_text(manifest(name, *files))
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("listed")
 
 
 def write_manifest(staging: Staging, text: str) -> None:
@@ -131,7 +141,7 @@ def test_a_disk_that_fills_up_while_the_helper_writes_is_said_to_be_full(tmp_pat
         DataFile(staging.release / "data") as file,
     ):
         file.append(bytes(1 << 17))
-    assert (out / MANIFEST_NAME).read_text() == "old"
+    assert (out / MANIFEST_NAME).read_text() == manifest("old")
     assert names(tmp_path) == ["release"]
 
 
@@ -195,7 +205,7 @@ def test_an_error_leaves_the_old_release_and_nothing_else(tmp_path: Path, keep: 
     with pytest.raises(ZeroDivisionError), staged(out, keep) as staging:
         write_manifest(staging, "half")
         raise ZeroDivisionError
-    assert (out / MANIFEST_NAME).read_text() == "old"
+    assert (out / MANIFEST_NAME).read_text() == manifest("old")
     assert names(tmp_path) == ["release"]
 
 
@@ -205,7 +215,7 @@ def test_an_interrupt_leaves_the_old_release_and_what_was_written(tmp_path: Path
     with pytest.raises(KeyboardInterrupt), staged(out) as staging:
         write_file(staging.release, "data", b"half")
         raise KeyboardInterrupt
-    assert (out / MANIFEST_NAME).read_text() == "old"
+    assert (out / MANIFEST_NAME).read_text() == manifest("old")
     with staged(out, keep=True) as staging:
         assert (staging.release / "data").read_bytes() == b"half"
         write_manifest(staging, "new")
@@ -243,7 +253,7 @@ def test_a_release_that_stepped_aside_for_a_killed_export_comes_back(tmp_path: P
     out = tmp_path / "release"
     with pytest.raises(ZeroDivisionError), staged(out):
         raise ZeroDivisionError
-    assert (out / MANIFEST_NAME).read_text() == "old"
+    assert (out / MANIFEST_NAME).read_text() == manifest("old")
 
 
 def test_a_second_export_to_the_same_place_is_refused_and_harms_nothing(tmp_path: Path) -> None:
@@ -272,6 +282,61 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="is not a release"), staged(tmp_path / "photos"):
         pytest.fail("a folder of photos was taken for a release")
     assert names(tmp_path) == ["photos"]
+
+
+@pytest.mark.parametrize(
+    "foreign", ["notes.md", ".hidden", "weights/notes.md", "notes/cat.jpg", "model.onnx.data/cat.jpg"]
+)
+def test_a_release_that_holds_anything_else_is_never_touched(tmp_path: Path, foreign: str) -> None:
+    out = tmp_path / "release"
+    release(out, "old", "model.onnx", "model.onnx.data", "weights/data")
+    (out / "model.onnx.data").unlink()  # a listed file may be missing; a folder of its name is not that file
+    check_target(out)
+    (out / foreign).parent.mkdir(exist_ok=True)
+    (out / foreign).write_text("mine")
+    first = foreign if foreign.startswith("weights") else foreign.split("/")[0]
+    with pytest.raises(TargetError, match=f"holds '{first}', which is not part of a release"), staged(out):
+        pytest.fail("a file of somebody's would have been wiped")
+    assert (out / foreign).read_text() == "mine"
+    assert names(tmp_path) == ["release"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"name": "a web app", "icons": []}',
+        '{"format": 2, "release": "a@1"}',
+        '{"format": 2, "release": "a@1", "files": ["manifest.json"]}',
+        '{"format": 2, "release": "a@1", "files": [{"name": "a"}]}',
+    ],
+)
+def test_a_manifest_of_something_else_makes_no_release(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(text)
+    with pytest.raises(TargetError, match=r"is not a release, it holds 'manifest\.json'"):
+        check_target(tmp_path)
+
+
+def test_a_file_that_came_to_the_release_during_an_export_is_not_wiped(tmp_path: Path) -> None:
+    out = tmp_path / "release"
+    release(out, "old")
+    with pytest.raises(TargetError, match=r"holds 'notes\.md'"), staged(out) as staging:
+        write_manifest(staging, "new")
+        (out / "notes.md").write_text("mine")
+    assert names(out) == [MANIFEST_NAME, "notes.md"]
+
+
+def test_a_checkpoint_in_the_place_of_the_release_is_never_touched(tmp_path: Path) -> None:
+    out = tmp_path / "release"
+    release(out, "old", "tiny.gguf")
+    (tmp_path / "alias").symlink_to(out)
+    (tmp_path / "linked.gguf").symlink_to(out / "tiny.gguf")
+    for source in (out, out / "tiny.gguf", tmp_path / "alias" / "tiny.gguf", tmp_path / "linked.gguf"):
+        with pytest.raises(TargetError, match="would clear away the checkpoint's"):
+            check_apart(out, [source])
+    check_apart(out / "deeper", [out])
+    check_apart(out, [tmp_path, out / ".."])
 
 
 def test_a_file_or_link_in_the_way_is_refused(tmp_path: Path) -> None:
