@@ -157,15 +157,18 @@ class Plan:
             return "rounded to 8 bits"
         return "as in the checkpoint" if self.floats == _FLOAT32 else "float16"
 
+    def check(self, spec: DecoderSpec, kinds: Collection[Kind]) -> None:
+        """Raise SourceError if the recipe is not for a checkpoint with tensors of these kinds."""
+        misfit = self.recipe.misfit(spec, kinds)
+        if misfit is not None:
+            raise SourceError(f"It cannot be exported: {misfit}; take another --recipe.")
+
     def form(self, spec: DecoderSpec, role: Role, kind: Kind) -> Form:
         """The form of a matrix (of one expert's, for experts); raises SourceError if this recipe has none for it."""
         if role is Role.ROUTER:
             return DenseFloat(_FLOAT32)
         if kind is Kind.MXFP4:
             return self._expert_form()
-        misfit = self.recipe.misfit(spec, FROM_GGUF)
-        if misfit is not None:
-            raise SourceError(f"It cannot be exported: {misfit}; take another recipe.")
         return self._float_form(spec, role, kind) if kind.is_float else self._block_form(kind)
 
     def _expert_form(self) -> Form:

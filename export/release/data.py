@@ -55,7 +55,8 @@ class Drawing:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, plan: Plan) -> Drawing:
-        """Raises SourceError for a tensor that the plan has no form for."""
+        """Raises SourceError for a checkpoint that the recipe is not for, and a tensor that it has no form for."""
+        plan.check(checkpoint.spec, {tensor.kind for tensor in checkpoint.tensors.values()})
         graph = build_graph(checkpoint.spec, checkpoint.tensors, plan)
         return cls(checkpoint, plan, graph, lay_out(graph.weights, checkpoint.tensors, PAGE_BYTES))
 
@@ -204,7 +205,7 @@ def _as_drawn(entries: Sequence[Entry], drawing: Drawing) -> list[Entry]:
 
 
 def _identity(checkpoint: Checkpoint, name: str) -> list[object]:
-    """A tensor's kind, shape and places, and the sizes and times of the files that it lies in."""
+    """A tensor's kind, shape and places, and the sizes, times and inodes of the files that it lies in."""
     tensor = checkpoint.tensors[name]
     places = []
     for extent in checkpoint.extents(name):
@@ -212,5 +213,7 @@ def _identity(checkpoint: Checkpoint, name: str) -> list[object]:
             status = extent.path.stat()
         except OSError as error:
             raise SourceError(f"{extent.path} cannot be read any more ({error.strerror}); begin again.") from error
-        places.append([extent.path.name, status.st_size, status.st_mtime_ns, extent.offset, extent.size_bytes])
+        # Whoever copies a file over another may set its time of modification, but not these two.
+        file = [extent.path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        places.append([*file, extent.offset, extent.size_bytes])
     return [tensor.kind, tensor.shape, places]

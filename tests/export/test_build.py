@@ -18,6 +18,7 @@ from export.release.data import DATA_FILE, GRAPH_FILE
 from export.release.writer import PAGE_BYTES, count_intact, matches
 from export.sources.checkpoint import Checkpoint, Speech
 from export.sources.opening import open_checkpoint
+from export.spec import Kind
 from export.trial.quality_report import QualityReport, decode_report
 from tests.export.graph_runner import export_in_memory
 from tests.export.running import contents
@@ -320,3 +321,14 @@ def test_a_checkpoint_is_not_replaced_by_its_release(tmp_path: Path, by_folder: 
     with pytest.raises(TargetError, match="would clear away the checkpoint's"):
         make(model if by_folder else source, model, Recipe.GGUF_EXACT)
     assert source.exists()
+
+
+@pytest.mark.parametrize("recipe", [Recipe.GGUF_EXACT, Recipe.GGUF_PARITY])
+def test_a_recipe_for_quantised_checkpoints_refuses_one_that_is_not(tmp_path: Path, recipe: Recipe) -> None:
+    kinds = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), Kind.F16)
+    source = TinyLlama(kinds=kinds | {"token_embd": Kind.F16, "output": Kind.F16}).write(tmp_path / "f16.gguf")
+    with pytest.raises(
+        SourceError, match=f"{recipe} carries the quantised tensors of a GGUF, this checkpoint has none"
+    ):
+        make(source, tmp_path / "release", recipe)
+    assert not (tmp_path / "release").exists()

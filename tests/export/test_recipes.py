@@ -54,7 +54,7 @@ class TestExperts:
     @pytest.mark.parametrize("recipe", [Recipe.CUDA_FP4, Recipe.CPU_MXFP4])
     def test_recipes_for_experts_refuse_models_without(self, recipe: Recipe) -> None:
         with pytest.raises(SourceError, match=f"{recipe} is for models with MXFP4 experts, this llama model has none"):
-            Plan(recipe).form(LLAMA, Role.ATTENTION, Kind.BF16)
+            Plan(recipe).check(LLAMA, {Kind.BF16, Kind.F32})
 
     @pytest.mark.parametrize("recipe", FOR_EXPERTS)
     def test_what_is_beside_them_has_8_bits_or_is_exact(self, recipe: Recipe) -> None:
@@ -127,6 +127,11 @@ class TestMisfits:
             assert recipe.misfit(LLAMA, {Kind.Q4_K, Kind.F32}) is None
             assert "this checkpoint has none" in (recipe.misfit(LLAMA, {Kind.BF16, Kind.F32}) or "")
             assert recipe.misfit(GPT_OSS_20B, {Kind.BF16, Kind.MXFP4}) is not None
+
+    def test_what_fits_is_not_refused_and_what_does_not_is(self) -> None:
+        Plan(Recipe.GGUF_EXACT).check(LLAMA, {Kind.Q4_K, Kind.F32})
+        with pytest.raises(SourceError, match="gguf-exact carries the quantised tensors of a GGUF"):
+            Plan(Recipe.GGUF_EXACT).check(LLAMA, {Kind.BF16, Kind.F32})
 
     def test_every_other_recipe_fits_what_it_has_forms_for(self) -> None:
         assert [recipe for recipe in Recipe if not recipe.misfit(LLAMA, {Kind.BF16})] == FOR_FLOATS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -156,6 +157,25 @@ def test_what_was_begun_in_another_way_is_not_continued(
     assert main(other) == 0
     assert "another checkpoint, or another way" in capsys.readouterr().err
     assert contents(out) != contents(whole)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_checkpoint_that_changed_behind_its_time_of_modification_is_another_checkpoint(
+    tmp_path: Path, whole: Path, in_place: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `rsync --inplace --times` changes it, or a copy that keeps times."""
+    own = write_checkpoint(tmp_path / "own", TINY, tokenizer="tiny")
+    out = tmp_path / "release"
+    half_written(own, out, whole)
+    shard = next(own.glob("*.safetensors"))
+    before, data = shard.stat(), bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    changed = shard if in_place else tmp_path / "copy"
+    changed.write_bytes(data)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed.replace(shard)
+    assert main(command(own, out, "--resume")) == 0
+    assert "another checkpoint, or another way" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_was_touched_is_another_checkpoint(
