@@ -30,6 +30,7 @@ from export.spec import Kind, TensorInfo
 
 Value: TypeAlias = str | int | float | bool | list[str] | NDArray[Any]
 Metadata: TypeAlias = Mapping[str, Value]
+Single: TypeAlias = str | int | float | bool
 
 #: Real headers are mostly vocabulary: 8 MB for Llama 3. At worst (short strings only) this many bytes take 3 s and
 #: 250 MB.
@@ -54,6 +55,24 @@ TENSOR_TYPES: Mapping[int, str] = {
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }
 # fmt: on
+
+
+def single(metadata: Metadata, key: str, where: str) -> Single | None:
+    """The one value of a key, None if it is missing; raises SourceError, naming `where`, for an array."""
+    value = metadata.get(key)
+    if isinstance(value, list | np.ndarray):
+        raise SourceError(
+            f"The key {key!r} of {where} holds {shown_value(value)}, where one value is meant; take another file of "
+            "this model."
+        )
+    return value
+
+
+def shown_value(value: object) -> str:
+    """A value as a message may print it: of bounded length, an array by its length."""
+    if isinstance(value, list | np.ndarray):
+        return f"a list of {len(value)}"
+    return f"{value!r:.80}"
 
 
 @dataclass(frozen=True)
@@ -189,18 +208,19 @@ def _numbers(cursor: _Cursor, name: str, kind: int, count: int) -> NDArray[Any]:
 
 
 def _refuse_parts(metadata: Metadata, where: str) -> None:
-    count = metadata.get("split.count", 1)
-    if isinstance(count, int) and count > 1:
+    count = single(metadata, "split.count", where)
+    if count is not None and count not in (0, 1):
         raise SourceError(
-            f"{where} is one of {count} parts of a model; join them with llama.cpp's `llama-gguf-split --merge` "
-            "and name the result."
+            f"{where} is one of {shown_value(count)} parts of a model; join them with llama.cpp's "
+            "`llama-gguf-split --merge` and name the result."
         )
 
 
 def _alignment(cursor: _Cursor, metadata: Metadata) -> int:
-    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise cursor.damaged(f"the alignment is {alignment!r}, not a power of two")
+    stated = single(metadata, "general.alignment", cursor.where)
+    alignment = _DEFAULT_ALIGNMENT if stated is None else stated
+    if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment <= 0 or alignment & (alignment - 1):
+        raise cursor.damaged(f"the alignment is {shown_value(alignment)}, not a power of two")
     return alignment
 
 

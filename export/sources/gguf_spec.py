@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from math import log
 
 from export.errors import SourceError
-from export.sources.gguf_header import Metadata
+from export.sources.gguf_header import Metadata, Single, shown_value, single
 from export.spec import (
     LARGEST_NUMBER,
     MAX_LAYERS,
@@ -130,16 +130,17 @@ class _Keys:
     def __init__(self, metadata: Metadata, where: str) -> None:
         self.where = where
         self._metadata = metadata
-        architecture = metadata.get("general.architecture")
+        architecture = single(metadata, "general.architecture", where)
         if not isinstance(architecture, str) or architecture not in (Family.LLAMA, Family.QWEN2):
             raise SourceError(
-                f"{where} holds a model of the architecture {architecture!r}; of GGUF files this exporter reads "
-                "llama and qwen2."
+                f"{where} holds a model of the architecture {shown_value(architecture)}; of GGUF files this exporter "
+                "reads llama and qwen2."
             )
         self.family = Family(architecture)
 
-    def get(self, key: str) -> object:
-        return self._metadata.get(f"{self.family}.{key}")
+    def get(self, key: str) -> Single | None:
+        """The one value of a key."""
+        return single(self._metadata, f"{self.family}.{key}", self.where)
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive whole number."""
@@ -160,18 +161,18 @@ class _Keys:
         return float(value)
 
     def unfit(self, key: str, value: object, wanted: str) -> SourceError:
-        shown = f"{value!r:.80}"
         return SourceError(
-            f"The key '{self.family}.{key}' of {self.where} is {shown}, not {wanted}; take another file of this model."
+            f"The key '{self.family}.{key}' of {self.where} is {shown_value(value)}, not {wanted}; "
+            "take another file of this model."
         )
 
     def refuse_what_has_no_place(self) -> None:
         for key, neutral in _NEUTRAL.items():
-            value = self.get(key)
+            value = self._metadata.get(f"{self.family}.{key}")
             if value is not None and not (isinstance(value, (int, float)) and value == neutral):
                 raise SourceError(
-                    f"{self.where} has {self.family}.{key} = {value!r:.80}, which the {self.family} graph does not "
-                    "compute; export another model."
+                    f"{self.where} has {self.family}.{key} = {shown_value(value)}, which the {self.family} graph does "
+                    "not compute; export another model."
                 )
 
 
@@ -218,8 +219,8 @@ def _scaling_by_keys(keys: _Keys, context_tokens: int) -> Scaling | None:
             )
         case other:
             raise SourceError(
-                f"{keys.where} scales its rotary embedding in the manner {other!r}; of GGUF files this exporter reads "
-                "none, linear and yarn."
+                f"{keys.where} scales its rotary embedding in the manner {shown_value(other)}; of GGUF files this "
+                "exporter reads none, linear and yarn."
             )
 
 

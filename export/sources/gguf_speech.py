@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from export.errors import SourceError
-from export.sources.gguf_header import Metadata
+from export.sources.gguf_header import Metadata, shown_value, single
 from export.sources.gguf_tokenizer import PREFIX, TokenKind, Vocabulary, strings, tokenizer_json
 from export.sources.speech import END_TEXTS, Speech
 
@@ -17,7 +17,7 @@ def read_speech(metadata: Metadata, where: str) -> Speech:
     """Everything about text; raises SourceError, naming `where`, if something is missing or of an unknown kind."""
     tokens = strings(metadata, PREFIX + "tokens", where)
     vocabulary = Vocabulary(tokens, _kinds(metadata, len(tokens), where), where)
-    template = metadata.get("tokenizer.chat_template")
+    template = single(metadata, "tokenizer.chat_template", where)
     if not isinstance(template, str) or not template:
         raise SourceError(f"{where} has no chat template; export an instruct model.")
     return Speech(
@@ -40,20 +40,20 @@ def _stop_ids(metadata: Metadata, vocabulary: Vocabulary) -> tuple[int, ...]:
 
 
 def _optional_id(metadata: Metadata, key: str, vocabulary: Vocabulary) -> int | None:
-    value = metadata.get(PREFIX + key)
+    value = single(metadata, PREFIX + key, vocabulary.where)
     if value is None:
         return None
     size = len(vocabulary.tokens)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
-        raise vocabulary.damaged(f"has {key} = {value!r:.80} and {size} tokens")
+        raise vocabulary.damaged(f"has {key} = {shown_value(value)} and {size} tokens")
     return value
 
 
 def _kinds(metadata: Metadata, size: int, where: str) -> list[int]:
     kinds = metadata.get(PREFIX + "token_type")
-    if not isinstance(kinds, np.ndarray) or len(kinds) != size:
+    if not isinstance(kinds, np.ndarray) or kinds.dtype.kind not in "iu" or len(kinds) != size:
         raise SourceError(
-            f"The tokenizer of {where} does not give a type for each of its {size} tokens; "
+            f"The tokenizer of {where} does not give a whole number as the type of each of its {size} tokens; "
             "take another file of this model."
         )
     return [int(kind) for kind in kinds]

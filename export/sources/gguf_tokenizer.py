@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import SourceError
-from export.sources.gguf_header import Metadata
+from export.sources.gguf_header import Metadata, shown_value, single
 
 PREFIX = "tokenizer.ggml."
 _SPACE = "▁"
@@ -71,14 +71,14 @@ def tokenizer_json(metadata: Metadata, vocabulary: Vocabulary) -> bytes:
     """The file's bytes; raises SourceError for an unknown kind or rule, or a part that does not fit."""
     if len(vocabulary.ids) != len(vocabulary.tokens):
         raise vocabulary.damaged("lists a token twice")
-    match metadata.get(PREFIX + "model"):
+    match single(metadata, PREFIX + "model", vocabulary.where):
         case "gpt2":
             document = _byte_level(metadata, vocabulary)
         case "llama":
             document = _sentencepiece(metadata, vocabulary)
         case other:
             raise SourceError(
-                f"The tokenizer of {vocabulary.where} is of the kind {other!r:.80}; this exporter knows "
+                f"The tokenizer of {vocabulary.where} is of the kind {shown_value(other)}; this exporter knows "
                 "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)."
             )
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -93,11 +93,11 @@ def strings(metadata: Metadata, key: str, where: str) -> list[str]:
 
 
 def _byte_level(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
-    rule = metadata.get(PREFIX + "pre")
+    rule = single(metadata, PREFIX + "pre", vocabulary.where)
     splitting = _SPLITTINGS.get(rule) if isinstance(rule, str) else None
     if splitting is None:
         raise SourceError(
-            f"The tokenizer of {vocabulary.where} splits text in the manner {rule!r:.80}; this exporter knows "
+            f"The tokenizer of {vocabulary.where} splits text in the manner {shown_value(rule)}; this exporter knows "
             f"{', '.join(_SPLITTINGS)}."
         )
     return _document(
@@ -111,7 +111,7 @@ def _byte_level(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _sentencepiece(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]:
-    has_prefix = metadata.get(PREFIX + "add_space_prefix", True)
+    has_prefix = _has_prefix(metadata, vocabulary)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prefix = [{"type": "Prepend", "prepend": _SPACE}] if has_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []
@@ -133,6 +133,13 @@ def _sentencepiece(metadata: Metadata, vocabulary: Vocabulary) -> dict[str, Any]
         model={"unk_token": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False},
         merges=_scored_merges(metadata, vocabulary),
     )
+
+
+def _has_prefix(metadata: Metadata, vocabulary: Vocabulary) -> bool:
+    stated = single(metadata, PREFIX + "add_space_prefix", vocabulary.where)
+    if stated is not None and not isinstance(stated, bool):
+        raise vocabulary.damaged(f"has add_space_prefix = {shown_value(stated)}, neither true nor false")
+    return stated is not False
 
 
 def _document(
@@ -223,7 +230,7 @@ def _scored_merges(metadata: Metadata, vocabulary: Vocabulary) -> list[list[str]
 def _scores(metadata: Metadata, vocabulary: Vocabulary) -> Mapping[str, float]:
     """Scores of the normal tokens."""
     scores = metadata.get(PREFIX + "scores")
-    if not isinstance(scores, np.ndarray) or len(scores) != len(vocabulary.tokens):
+    if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f" or len(scores) != len(vocabulary.tokens):
         raise vocabulary.damaged(f"does not give a score for each of its {len(vocabulary.tokens)} tokens")
     normal: dict[str, float] = {}
     for token, kind, score in zip(vocabulary.tokens, vocabulary.kinds, scores.tolist(), strict=True):

@@ -115,6 +115,16 @@ def test_tensors_begin_where_the_alignment_puts_them() -> None:
         (file(key("general.alignment", 4, struct.pack("<I", 48)), keys=1), "alignment is 48"),
         (file(key("general.alignment", STRING, text("32")), keys=1), "alignment is '32'"),
         (file(key("split.count", 2, struct.pack("<H", 3)), keys=1), "one of 3 parts .* join them"),
+        (
+            file(key("split.count", ARRAY, struct.pack("<IQ2H", 2, 2, 1, 2)), keys=1),
+            "'split.count' .* a list of 2",
+        ),
+        (file(key("split.count", 6, struct.pack("<f", 3.0)), keys=1), "one of 3.0 parts"),
+        (file(key("general.alignment", 7, b"\1"), keys=1), "alignment is True"),
+        (
+            file(key("general.alignment", ARRAY, struct.pack("<IQ2H", 2, 2, 32, 32)), keys=1),
+            "a list of 2, where one",
+        ),
         (file(tensor("a", (), 0, 0), tensors=1), "'a' has 0 axes"),
         (file(tensor("a", (1,) * 5, 0, 0), tensors=1), "'a' has 5 axes"),
         (file(tensor("a", (4, 0), 0, 0), tensors=1), "'a' has a side of length 0"),

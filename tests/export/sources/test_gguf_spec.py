@@ -4,6 +4,7 @@ from dataclasses import replace
 from math import log
 from typing import Any
 
+import numpy as np
 import pytest
 
 from export.errors import SourceError
@@ -158,6 +159,26 @@ def test_a_tensor_that_nobody_expects_keeps_its_name() -> None:
 )
 def test_what_the_graph_would_leave_out_is_refused(changes: dict[str, Any], sentence: str) -> None:
     assert sentence in refusal(TinyLlama(), changes)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "general.architecture",
+        *("llama.block_count", "llama.attention.head_count", "llama.attention.sliding_window"),
+        *("llama.rope.scaling.type", "llama.rope.freq_base", "llama.rope.scaling.factor", "llama.rope.dimension_count"),
+    ],
+)
+@pytest.mark.parametrize("values", [np.array([1, 2, 3], np.int32), np.array([0]), ["a", "b"]])
+def test_an_array_where_one_value_is_meant_is_refused(key: str, values: Any) -> None:
+    assert f"The key '{key}' of x.gguf holds a list of {len(values)}, where one value is meant" in refusal(
+        TinyLlama(), {key: values}
+    )
+
+
+def test_an_array_that_no_graph_computes_is_refused() -> None:
+    changes = {"llama.rope.dimension_sections": np.array([1, 2])}
+    assert "llama.rope.dimension_sections = a list of 2, which the llama graph" in refusal(TinyLlama(), changes)
 
 
 @pytest.mark.parametrize("changes", [{"llama.expert_count": 0}, {"llama.logit_scale": 1.0}, {"llama.vocab_size": 5}])
