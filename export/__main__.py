@@ -78,6 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         _complain(f"{error.name} is not installed; pip install 'edgechat[export,edge-cpu]'.")
         return REFUSED
+    except OSError as error:
+        what = "A file" if error.filename is None else os.fsdecode(error.filename)
+        _complain(
+            f"{what} cannot be read ({error.strerror or error}); check that it is sound and that you may read it."
+        )
+        return REFUSED
     except KeyboardInterrupt:
         _complain("interrupted.")
         return INTERRUPTED

@@ -47,6 +47,10 @@ SMALL_FILES = (
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class NotOnHub(SourceError):
+    """The hub has no such model or cannot be asked: the name may have been meant for a folder."""
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file on the hub; sha256 None: left to the library, which fetches it in one go."""
@@ -148,14 +152,14 @@ def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
             "name a local folder."
         ) from error
     except RepositoryNotFoundError as error:
-        raise SourceError(
+        raise NotOnHub(
             f"There is no model {repo_id} on {hub}, nor a file or folder of that name here; check the name, or set "
             "HF_TOKEN if the model is private."
         ) from error
     except RevisionNotFoundError as error:
         raise SourceError(f"{repo_id} on {hub} has no revision {revision!r}; name a branch, tag or commit.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-        raise SourceError(
+        raise NotOnHub(
             f"{hub} cannot be reached and {repo_id} is not in the cache ({constants.HF_HUB_CACHE}); connect, set "
             "HF_ENDPOINT to a mirror, or name a local folder."
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import pytest
 
 from core.manifest import MANIFEST_NAME, encode_manifest
 from export.__main__ import REFUSED, UNREAD, main
+from export.build import export
+from export.checks.verify import verify
+from export.inspect import inspect
 from export.recipes import Recipe
 from export.release.data import DATA_FILE
 from export.sources.opening import open_checkpoint
@@ -339,3 +343,32 @@ def test_a_terminal_without_the_letters_gets_escapes(release: Path) -> None:
     done = in_shell('PYTHONIOENCODING=ascii "$@"', "inspect", release)
     assert done.returncode == 0, done.stderr
     assert r"Modell-Gr\xf6\xdfe-\u6a21\u578b" in done.stdout
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this process may not look into, even where the tests run as root."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o000)
+    assert all((export, inspect, verify))  # imported by now: another user may not find the libraries
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o700)
+
+
+def test_what_may_not_be_read_is_one_sentence(
+    locked: Path, tiny_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (
+        ["inspect", locked / "release"],
+        [locked, "--out", "release"],
+        [tiny_gguf, "--out", locked / "release"],
+    ):
+        assert main([str(word) for word in words]) == REFUSED
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.match(r"export: /.* cannot be read \(Permission denied\); ", line)
+    assert main(["verify", str(locked / "release")]) == REFUSED
+    assert len(capsys.readouterr().err.splitlines()) == 1

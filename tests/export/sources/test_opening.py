@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from export.errors import SourceError
 from export.sources.gguf import GgufCheckpoint
@@ -85,4 +88,43 @@ def test_nothing_there_is_told_what_could_be(argument: str, tmp_path: Path, monk
 
 
 def test_a_name_that_no_file_can_have_is_refused_too() -> None:
-    refused("x" * 5000, "cannot be looked at")
+    refused("x" * 5000, r"cannot be read \(File name too long\)")
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this process may not look into, even where the tests run as root."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o000)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("inner", [".", "model", "model.gguf"])
+def test_what_may_not_be_read_is_said_so(locked: Path, inner: str) -> None:
+    refused(locked / inner, r"locked.* cannot be read \(Permission denied\); check its rights")
+
+
+def test_a_pipe_is_no_gguf_file_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    refused(tmp_path / "pipe.gguf", "is not a regular file")
+    refused(tmp_path, "pipe.gguf is not a regular file")
+    refused("/dev/null", "/dev/null is not a regular file")
+
+
+def test_a_folder_is_no_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").mkdir()
+    refused(tmp_path / "model.gguf", "is not a regular file but an empty folder")
+
+
+def test_a_name_for_the_hub_may_have_been_meant_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    refused(
+        "models/missing", "^There is no folder 'models/missing' here, and the hub does not help: .* cannot be reached"
+    )
