@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ INTERRUPTED = 130
 UNREAD = 141  # what a shell reports for a command whose reader went away
 
 _AUTO = "auto"
+_WIDTH = 80  # where no terminal tells its own
 
 _DESCRIPTION = """\
 Turn a checkpoint into an ONNX release that a node can serve. What is quantised in the checkpoint is carried over as it
@@ -163,7 +165,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         _hand_over(inspection.to_json())
     else:
-        for line in inspection.lines():
+        for line in inspection.lines(shutil.get_terminal_size((_WIDTH, 0)).columns):
             _say(line)
     return 0
 

@@ -19,15 +19,18 @@ from export.trial.quality import Quality
 from export.trial.quality_report import QualityReport, TensorQuality, decode_report
 
 WIDTH = 80
+_NARROWEST = 48
+_MOST_IDS = 1 << 32
 
 
 class Story(msgspec.Struct, frozen=True):
-    """A golden prompt as text."""
+    """A golden prompt as text; as its ids where `untold` says why there is no text."""
 
     prompt: str
     continuation: str
     min_margin: float
     made_by: str
+    untold: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,20 @@ class Inspection:
         content = {"manifest": self.manifest, "quality": self.quality, "golden": self.stories}
         return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
-    def lines(self) -> Iterator[str]:
-        """A page of about WIDTH columns."""
-        yield f"{self.manifest.release}  ({self.manifest.variant})"
+    def lines(self, width: int = WIDTH) -> Iterator[str]:
+        """A page of `width` columns, without anything that a terminal would obey."""
+        return (printable(line) for line in self._page(max(width, _NARROWEST)))
+
+    def _page(self, width: int) -> Iterator[str]:
+        yield from textwrap.wrap(f"{self.manifest.release}  ({self.manifest.variant})", width)
+        inner = width - 2
         for title, body in (
-            ("", _facts(self.manifest)),
-            ("files", _files(self.manifest)),
-            ("weights", [] if self.quality is None else _weights(self.quality)),
-            ("quality", [] if self.quality is None else _quality(self.quality.run)),
-            ("claims", _table(self.manifest.claims.items())),
-            ("golden prompts", _stories(self.stories)),
+            ("", _facts(self.manifest, inner)),
+            ("files", _files(self.manifest, inner)),
+            ("weights", [] if self.quality is None else _weights(self.quality, inner)),
+            ("quality", [] if self.quality is None else _quality(self.quality.run, inner)),
+            ("claims", _table(self.manifest.claims.items(), inner)),
+            ("golden prompts", _stories(self.stories, inner)),
         ):
             rows = list(body)
             if rows:
@@ -72,16 +79,43 @@ def inspect(folder: Path) -> Inspection:
     quality = None
     if manifest.quality is not None:
         quality = decode_report((folder / manifest.quality).read_bytes(), str(folder / manifest.quality))
-    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
-    return Inspection(manifest, quality, [_story(tokenizer, golden) for golden in manifest.golden])
+    tokenizer = _tokenizer((folder / manifest.tokenizer).read_bytes(), manifest.tokenizer)
+    return Inspection(manifest, quality, [tell_story(tokenizer, golden) for golden in manifest.golden])
 
 
-def _story(tokenizer: Tokenizer, golden: Golden) -> Story:
+def printable(text: str) -> str:
+    """The text with a question mark for whatever would steer a terminal: escapes, line ends, turns of direction."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _tokenizer(data: bytes, name: str) -> Tokenizer | str:
+    """The tokenizer, or why there is none."""
+    try:
+        return Tokenizer.from_buffer(data)
+    except Exception as error:  # the library has no narrower one for what it cannot parse
+        return f"{name} is no tokenizer ({error})"
+
+
+def tell_story(tokenizer: Tokenizer | str, golden: Golden) -> Story:
+    """A golden prompt for people; the tokenizer, or why there is none."""
+    untold = _untold(tokenizer, [*golden.prompt_ids, *golden.ids])
+    if isinstance(tokenizer, str) or untold is not None:
+        return Story(str(golden.prompt_ids), str(golden.ids), golden.min_margin, golden.made_by, untold)
     prompt, continuation = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (golden.prompt_ids, golden.ids))
     return Story(prompt, continuation, golden.min_margin, golden.made_by)
 
 
-def _facts(manifest: Manifest) -> Iterator[str]:
+def _untold(tokenizer: Tokenizer | str, ids: list[int]) -> str | None:
+    """Why these ids have no text; None: they have."""
+    if isinstance(tokenizer, str):
+        return tokenizer
+    for token in ids:
+        if not 0 <= token < _MOST_IDS or tokenizer.id_to_token(token) is None:
+            return f"the tokenizer does not know the id {token}"
+    return None
+
+
+def _facts(manifest: Manifest, width: int) -> Iterator[str]:
     kv = manifest.kv
     cache_kb = kv.bytes_per_token / 1000
     invariant = "yes" if manifest.batch_invariant else "no, or not measured"
@@ -97,17 +131,18 @@ def _facts(manifest: Manifest) -> Iterator[str]:
             ("cache", f"{kv.layers} layers x {kv.kv_heads} heads x {kv.head_dim}, {cache_kb:.1f} kB a token"),
             ("speech", f"{manifest.speech}, ends at {', '.join(map(str, manifest.stop_ids))}"),
             ("batch-invariant", invariant),
-        ]
+        ],
+        width,
     )
 
 
-def _files(manifest: Manifest) -> Iterator[str]:
+def _files(manifest: Manifest, width: int) -> Iterator[str]:
     for file in manifest.files:
         chunks = f"{len(file.chunks)} chunk" + ("s" if len(file.chunks) != 1 else "")
-        yield f"{file.path:<40} {_size(file.size_bytes):>12} {chunks:>14}"
+        yield from _figures(file.path, f"{_size(file.size_bytes):>12} {chunks:>14}", width)
 
 
-def _weights(report: QualityReport) -> Iterator[str]:
+def _weights(report: QualityReport, width: int) -> Iterator[str]:
     """A line for each form, exact tensors and others apart, and what it all comes to."""
     kinds: dict[tuple[str, bool], list[TensorQuality]] = {}
     for tensor in report.tensors.values():
@@ -115,14 +150,14 @@ def _weights(report: QualityReport) -> Iterator[str]:
     for (form, exact), tensors in kinds.items():
         weights = sum(tensor.weights for tensor in tensors)
         how = "exact" if exact else f"error {max(tensor.relative_rms for tensor in tensors):.2g}"
-        yield f"{form:<36} {len(tensors):>5} tensors {weights / 1e6:>10.1f} M {how:>12}"
+        yield from _figures(form, f"{len(tensors):>5} tensors {weights / 1e6:>8.1f} M {how:>13}", width)
     totals = report.totals
     yield f"together {_size(totals.bytes)}, {totals.ratio:.1%} of {_size(totals.fp32_bytes)} in float32"
 
 
-def _quality(run: Quality | str) -> Iterator[str]:
+def _quality(run: Quality | str, width: int) -> Iterator[str]:
     if isinstance(run, str):
-        yield from textwrap.wrap(run, WIDTH - 2)
+        yield from textwrap.wrap(run, width)
         return
     score, rows = run.score, []
     rows.append(("perplexity", f"{score.perplexity:.3f} over {score.positions} tokens of {run.text}"))
@@ -134,20 +169,36 @@ def _quality(run: Quality | str) -> Iterator[str]:
         rows.append(("KL divergence", f"{distance.kl_divergence:.2g} nats a token"))
         rows.append(("same best token", f"{distance.top1_agreement:.1%}"))
     rows.append(("made by", run.made_by))
-    yield from _table(rows)
+    yield from _table(rows, width)
 
 
-def _stories(stories: list[Story]) -> Iterator[str]:
+def _stories(stories: list[Story], width: int) -> Iterator[str]:
     for story in stories:
-        yield from textwrap.wrap(repr(story.prompt), WIDTH - 2, max_lines=3, placeholder=" ...")
-        yield from textwrap.wrap(f"{story.continuation!r}", WIDTH - 2, initial_indent="-> ", subsequent_indent="   ")
+        prompt, continuation = story.prompt, story.continuation
+        if story.untold is None:
+            prompt, continuation = repr(prompt), repr(continuation)
+        yield from textwrap.wrap(prompt, width, max_lines=3, placeholder=" ...")
+        yield from textwrap.wrap(continuation, width, initial_indent="-> ", subsequent_indent="   ")
         yield f"   smallest margin {story.min_margin:.3g}"
+        if story.untold is not None:
+            why = f"shown as ids: {story.untold}"
+            yield from textwrap.wrap(why, width, initial_indent="   ", subsequent_indent="   ")
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _table(rows: Iterable[tuple[str, str]], width: int) -> Iterator[str]:
     """Names in one column, words in another, wrapped."""
     for name, words in rows:
-        yield from textwrap.wrap(f"{name:<16}{words}", WIDTH - 2, subsequent_indent=" " * 16, break_long_words=False)
+        yield from textwrap.wrap(f"{name:<15} {words}", width, subsequent_indent=" " * 16)
+
+
+def _figures(name: str, figures: str, width: int) -> Iterator[str]:
+    """A name on the left and figures on the right, below each other where they do not fit."""
+    room = width - len(figures) - 1
+    if len(name) <= room:
+        yield f"{name:<{room}} {figures}"
+    else:
+        yield from textwrap.wrap(name, width)
+        yield f"{figures:>{width}}"
 
 
 def _size(size_bytes: int) -> str:
