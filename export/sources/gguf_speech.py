@@ -10,6 +10,7 @@ import numpy as np
 from export.errors import SourceError
 from export.sources.gguf_header import Metadata, shown_value, single
 from export.sources.gguf_tokenizer import PREFIX, TokenKind, Vocabulary, strings, tokenizer_json
+from export.sources.hf_speech import check_template
 from export.sources.speech import END_TEXTS, Speech
 
 
@@ -20,6 +21,7 @@ def read_speech(metadata: Metadata, where: str) -> Speech:
     template = single(metadata, "tokenizer.chat_template", where)
     if not isinstance(template, str) or not template:
         raise SourceError(f"{where} has no chat template; export an instruct model.")
+    check_template(template, where)
     return Speech(
         tokenizer_json=tokenizer_json(metadata, vocabulary),
         chat_template=template,

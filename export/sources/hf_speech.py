@@ -22,6 +22,8 @@ from export.spec import DecoderSpec, Family
 #: What ends generation in the harmony format; <|end|> only ends a message there, the next one may follow.
 _HARMONY_END_TEXTS = ("<|return|>", "<|call|>")
 
+_MAX_TEMPLATE_CHARACTERS = 1 << 20
+
 
 @dataclass(frozen=True)
 class SpeechFiles:
@@ -43,6 +45,8 @@ class _Added(msgspec.Struct):
 
 class _TokenizerFile(msgspec.Struct):
     added_tokens: list[_Added] = []
+    truncation: dict[str, object] | None = None
+    padding: dict[str, object] | None = None
 
 
 class _Text(msgspec.Struct):
@@ -104,6 +108,20 @@ def read_speech(files: SpeechFiles, spec: DecoderSpec) -> Speech:
     )
 
 
+def check_template(template: str, where: str) -> None:
+    """Raise SourceError, naming `where`, for a chat template that is no Jinja or longer than any model's."""
+    if len(template) > _MAX_TEMPLATE_CHARACTERS:
+        raise SourceError(
+            f"The chat template in {where} has {len(template)} characters, more than this exporter's limit of "
+            f"{_MAX_TEMPLATE_CHARACTERS}; put another there."
+        )
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except (jinja2.TemplateError, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        reason = f"{error!s:.200}"
+        raise SourceError(f"The chat template in {where} cannot be used ({reason}); put another there.") from error
+
+
 def _decode(data: bytes | None, kind: type[Any], folder: str, file: str) -> Any:
     """A file that may be missing: then everything in it is."""
     return kind() if data is None else decode_json(data, kind, f"{folder}/{file}")
@@ -120,7 +138,9 @@ def _tokenizer_json(files: SpeechFiles) -> bytes:
 
 def _vocabulary(data: bytes, folder: str, spec: DecoderSpec) -> _Vocabulary:
     where = f"{folder}/tokenizer.json"
-    added = decode_json(data, _TokenizerFile, where).added_tokens
+    stated = decode_json(data, _TokenizerFile, where)
+    _refuse_other_lengths(stated, where)
+    added = stated.added_tokens
     ids = _loaded_ids(data, where)
     if not ids:
         raise SourceError(f"{where} has no tokens; fetch it again.")
@@ -139,6 +159,13 @@ def _vocabulary(data: bytes, folder: str, spec: DecoderSpec) -> _Vocabulary:
             "the files are not of one model, fetch them again."
         )
     return _Vocabulary(ids, frozenset(token.content for token in added if token.special), folder)
+
+
+def _refuse_other_lengths(stated: _TokenizerFile, where: str) -> None:
+    """What a training run left there would cut prompts or fill them up; some of it makes the library panic."""
+    for key, value in (("truncation", stated.truncation), ("padding", stated.padding)):
+        if value is not None:
+            raise SourceError(f"{where} sets {key!r}, which would change prompts; set it to null there.")
 
 
 def _loaded_ids(data: bytes, where: str) -> dict[str, int]:
@@ -197,11 +224,7 @@ def _stated_ends(data: bytes | None, file: str, folder: str, vocabulary: _Vocabu
 
 def _chat_template(files: SpeechFiles, settings: _TokenizerConfig) -> str:
     template, file = _template_text(files, settings)
-    where = f"{files.folder}/{file}"
-    try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise SourceError(f"The chat template in {where} cannot be used ({error}); put another there.") from error
+    check_template(template, f"{files.folder}/{file}")
     return template
 
 

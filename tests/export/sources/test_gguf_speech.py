@@ -226,6 +226,8 @@ def test_the_same_arrays_give_the_same_bytes() -> None:
         ({"eos_token_id": 999_999}, "eos_token_id = 999999"),
         ({"eos_token_id": "2"}, "eos_token_id = '2'"),
         ({"eos_token_id": True}, "eos_token_id = True"),
+        ({"template": "{% for"}, "chat template in x.gguf cannot be used"),
+        ({"template": "x" * ((1 << 20) + 1)}, "chat template in x.gguf has 1048577 characters, more than"),
         ({"template": ""}, "no chat template"),
         ({"template": None}, "no chat template"),
     ],

@@ -24,6 +24,8 @@ from tests.tools.gpt_oss_tokenizer import write_tiny
 
 VOCAB = len(TOKENS) + 5
 ENDOFTEXT, IM_START, IM_END = range(3)
+#: More digits than Python takes for a number.
+NUMBER = "{{ " + "9" * 5000 + " }}"
 
 
 def spec_of(vocab: int) -> DecoderSpec:
@@ -153,12 +155,18 @@ class TestTemplates:
     def test_a_folder_with_a_tokenizer_alone_needs_one_too(self, files: SpeechFiles) -> None:
         refused(replace(files, tokenizer_config=None), "model has no chat template")
 
-    @pytest.mark.parametrize("template", ["{% for", "{{ x", "{% unknown %}", "{% if x %}"])
+    @pytest.mark.parametrize("template", ["{% for", "{{ x", "{% unknown %}", "{% if x %}", NUMBER])
     def test_one_that_is_no_jinja_is_refused(self, files: SpeechFiles, template: str) -> None:
         own = replace(files, chat_template=template.encode())
         refused(own, "model/chat_template.jinja cannot be used")
         inside = bent(files, "tokenizer_config", chat_template=template)
         refused(inside, "model/tokenizer_config.json cannot be used")
+
+    def test_one_that_is_longer_than_any_models_is_refused(self, files: SpeechFiles) -> None:
+        longest = " " * (1 << 20)
+        assert read_speech(replace(files, chat_template=longest.encode()), SPEC).chat_template == longest
+        own = replace(files, chat_template=longest.encode() + b" ")
+        refused(own, "model/chat_template.jinja has 1048577 characters, more than this exporter's limit of 1048576")
 
     def test_one_that_leaves_a_loop_early_is_jinja(self, files: SpeechFiles) -> None:
         own = replace(files, chat_template=b"{% for m in messages %}{% break %}{% endfor %}")
@@ -185,6 +193,17 @@ class TestTokenizers:
         tokenizer = json.loads(files.tokenizer or b"")
         tokenizer["model"]["merges"].append(["ab", "cd"])
         refused(replace(files, tokenizer=packed(tokenizer)), "model/tokenizer.json is not a tokenizer")
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("truncation", {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 10}),
+            ("padding", {"strategy": {"Fixed": 9}, "direction": "Left", "pad_id": 0, "pad_token": "x"}),
+        ],
+    )
+    def test_one_that_would_cut_or_fill_prompts_is_refused(self, files: SpeechFiles, key: str, value: Any) -> None:
+        refused(bent(files, "tokenizer", **{key: value}), f"model/tokenizer.json sets '{key}', which would change")
+        assert read_speech(bent(files, "tokenizer", **{key: None}), SPEC).size == len(TOKENS)
 
     def test_one_that_the_library_panics_over_is_refused(self, files: SpeechFiles) -> None:
         normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
