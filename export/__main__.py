@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from core.errors import EdgechatError
-from core.manifest import Manifest
+from core.errors import EdgechatError, ReleaseError
+from core.manifest import Manifest, release_name
 from export.errors import TargetError
 from export.recipes import Dense, Recipe
 
@@ -25,6 +26,7 @@ INTERRUPTED = 130
 UNREAD = 141  # what a shell reports for a command whose reader went away
 
 _AUTO = "auto"
+_LONG_WORD = re.compile(r"(\S{120})\S{80,}(\S{60})")
 _WIDTH = 80  # where no terminal tells its own
 
 _DESCRIPTION = """\
@@ -116,7 +118,7 @@ def _export(options: argparse.Namespace) -> int:
     order = Order(
         source=options.source,
         out=out,
-        model=options.model or out.resolve().name,
+        model=_model_name(options.model, out),
         recipe=None if options.recipe == _AUTO else Recipe(options.recipe),
         dense=options.dense,
         force=options.force,
@@ -140,6 +142,20 @@ def _export(options: argparse.Namespace) -> int:
     size_mb = sum(file.size_bytes for file in manifest.files) / 1e6
     _say(f"{manifest.release} ({manifest.variant}, {size_mb:.0f} MB) in {out}: {how}.")
     return 0
+
+
+def _model_name(asked: str | None, out: Path) -> str:
+    """The alias that clients will name; raises ReleaseError for a folder whose name cannot be one."""
+    if asked is not None:
+        return asked
+    name = out.resolve().name
+    try:
+        release_name(name, "0" * 12)
+    except ReleaseError as error:
+        raise ReleaseError(
+            f"{error.message.removesuffix('.')}; it is the name of the folder, --model NAME chooses another."
+        ) from error
+    return name
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -189,9 +205,14 @@ def _hand_over(data: bytes) -> None:
 def _complain(line: str) -> None:
     """A line beside what was asked for. Where it cannot be written nobody can be told so, and the work goes on."""
     try:
-        print(f"export: {line}", file=sys.stderr, flush=True)
+        print(f"export: {_shortened(line)}", file=sys.stderr, flush=True)
     except OSError:
         _silence(sys.stderr)
+
+
+def _shortened(line: str) -> str:
+    """The line with the middle left out of every word that fills the screen, as a path may."""
+    return _LONG_WORD.sub(r"\1...\2", line)
 
 
 @contextmanager

@@ -372,3 +372,33 @@ def test_what_may_not_be_read_is_one_sentence(
         assert re.match(r"export: /.* cannot be read \(Permission denied\); ", line)
     assert main(["verify", str(locked / "release")]) == REFUSED
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_folder_whose_name_no_model_can_have_is_told_of_the_way_out(
+    tmp_path: Path, tiny_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(capsys, tiny_gguf, "--out", tmp_path / "My Model")
+    assert "The model name 'My Model' may hold only" in line
+    assert line.endswith("; it is the name of the folder, --model NAME chooses another.")
+    asked = refusal(capsys, tiny_gguf, "--out", tmp_path / "tiny", "--model", "My Model")
+    assert "the name of the folder" not in asked
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["{path}", "--out", "release"],
+        ["{path}.gguf", "--out", "release"],
+        ["x.gguf", "--out", "{path}"],
+        ["x.gguf", "--out", "{path}", "--model", "tiny"],
+        ["verify", "{path}"],
+        ["inspect", "{path}"],
+    ],
+)
+@pytest.mark.parametrize("path", ["/" + "p" * 5000, "/" + "folder/" * 500])
+def test_a_path_of_thousands_of_characters_is_shortened(
+    capsys: pytest.CaptureFixture[str], words: list[str], path: str
+) -> None:
+    assert main([word.format(path=path) for word in words]) == REFUSED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 500
