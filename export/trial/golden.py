@@ -38,6 +38,11 @@ _TEXTS = (
     "def mean(values):\n    if not values:\n        raise ValueError('no values')\n    return",
     "问：水在高山上为什么不到一百度就会沸腾？\n答：",
 )
+_CHECKPOINT = (
+    "the checkpoint holds weights that are no numbers, or too large to be computed with in this form: compare its "
+    "files with where they came from, or take another recipe"
+)
+_RELEASE = "do not use this release, export it again"
 _PATTERN_STEP = 7919  # a prime: neighbours have nothing to do with each other
 
 
@@ -88,12 +93,12 @@ def _length(most: int) -> int:
 def continue_greedily(
     decoder: Decoder, prompt: Sequence[int], tokenizer_size: int, stop_ids: Sequence[int], made_by: str
 ) -> Golden:
-    """What a model answers; raises TargetError if its logits are no numbers."""
+    """What a model that is being exported answers; raises TargetError if its logits are no numbers."""
     ids: list[int] = []
     margins: list[float] = []
     logits = decoder.read(prompt)
     while True:
-        best, margin = _best(logits[:tokenizer_size])
+        best, margin = _best(logits[:tokenizer_size], _CHECKPOINT)
         ids.append(best)
         margins.append(margin)
         if len(ids) == IDS or best in stop_ids:
@@ -110,17 +115,17 @@ def retrace(decoder: Decoder, golden: Golden, tokenizer_size: int) -> Retraced:
         if position:
             logits = decoder.step(golden.ids[position - 1])
         row = logits[:tokenizer_size]
-        best, _ = _best(row)
+        best, _ = _best(row, _RELEASE)
         gaps.append(float(row[best]) - float(row[token]) if token < tokenizer_size else math.inf)
         if token != best and first is None:
             first = position
     return Retraced(first, max(gaps, default=math.inf))
 
 
-def _best(row: Floats) -> tuple[int, float]:
-    """The best id of a row of logits, and its distance from the second best."""
+def _best(row: Floats, advice: str) -> tuple[int, float]:
+    """The best id of a row of logits, and its distance from the second best; advice: if there is none."""
     best = int(row.argmax())  # the lowest id among equals; a NaN if there is one
     if not math.isfinite(row[best]):
-        raise TargetError("The graph computes logits that are no numbers; do not use this release, export it again.")
+        raise TargetError(f"The graph computes logits that are no numbers; {advice}.")
     second, first = np.partition(row, -2)[-2:].astype(np.float64)
     return best, float(first - second)

@@ -7,19 +7,23 @@ Does not know who computed the logits, or which text it was.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import exp, prod
+from math import exp, log, prod
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from export.errors import TargetError
 from export.forms.values import Doubles, Floats
 from export.spec import TensorInfo
 
 REFERENCE_BYTES_MAX = 2_000_000_000
 """Models up to this size in float32 are compared with themselves in float32."""
+
+_SURPRISE_MAX = log(sys.float_info.max)
 
 
 class Distance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +65,10 @@ class Part:
 
 
 def score(parts: Iterable[Part]) -> Score:
-    """Sum up all positions, at least one; either all parts have a reference or none has."""
+    """Sum up all positions, at least one; either all parts have a reference or none has.
+
+    Raises TargetError for logits of which no perplexity can be told.
+    """
     surprises: list[float] = []
     expected_surprises: list[float] = []
     divergences: list[float] = []
@@ -78,14 +85,24 @@ def score(parts: Iterable[Part]) -> Score:
             expected_surprises.append(-float(their_chances[following]))
             divergences.append(float((np.exp(their_chances) * (their_chances - chances)).sum()))
             agreements.append(bool(logits.argmax() == expected.argmax()))
-            differences.append(float(np.abs(logits - expected).max()))
-    perplexity = exp(np.mean(surprises))
+            differences.append(float(np.abs(logits.astype(np.float64) - expected).max()))
+    perplexity = _perplexity(surprises)
     if not divergences:
         return Score(len(surprises), perplexity, None)
     distance = Distance(
-        exp(np.mean(expected_surprises)), float(np.mean(divergences)), float(np.mean(agreements)), max(differences)
+        _perplexity(expected_surprises), float(np.mean(divergences)), float(np.mean(agreements)), max(differences)
     )
     return Score(len(surprises), perplexity, distance)
+
+
+def _perplexity(surprises: list[float]) -> float:
+    mean = float(np.mean(surprises))
+    if not mean <= _SURPRISE_MAX:  # nor if it is no number
+        raise TargetError(
+            "The model's logits are so large, or no numbers, that no perplexity can be told; its checkpoint is not of "
+            "a trained model, or damaged: compare its files with where they came from."
+        )
+    return exp(mean)
 
 
 def log_softmax(logits: NDArray[np.floating]) -> Doubles:

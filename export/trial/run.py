@@ -126,18 +126,43 @@ def compare(folder: Path, manifest: Manifest, ids: list[int], expected: Path) ->
 def text_ids(folder: Path, manifest: Manifest) -> list[int]:
     """The ids of the text that quality is measured on, as the release's tokenizer cuts it.
 
-    Raises TargetError for a tokenizer that makes nothing of it.
+    Raises TargetError for a tokenizer that makes nothing of it, or ids that the manifest does not know.
     """
     ids = _encoder(folder, manifest)(TEXT.read_text(encoding="utf-8"))
     if len(ids) < 3:
         raise TargetError(f"{folder / manifest.tokenizer} makes no ids of English prose; export the model again.")
+    if max(ids) >= manifest.tokenizer_size:
+        raise TargetError(
+            f"{folder / manifest.tokenizer} makes the id {max(ids)} of English prose, the manifest knows "
+            f"{manifest.tokenizer_size} ids; export the model again."
+        )
     return ids[: min(TEXT_TOKENS, manifest.context_tokens) + 1]
 
 
 def _encoder(folder: Path, manifest: Manifest) -> Callable[[str], list[int]]:
-    """A release's tokenizer, which adds nothing to a text."""
-    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+    """A release's tokenizer, which adds nothing to a text; it raises TargetError for a file that cuts no text."""
+    path = folder / manifest.tokenizer
+    with _cutting(path):
+        tokenizer = Tokenizer.from_file(str(path))
+
+    def encode(text: str) -> list[int]:
+        with _cutting(path):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return encode
+
+
+@contextmanager
+def _cutting(path: Path) -> Iterator[None]:
+    """Turn what the tokenizer's library raises into our error."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics, which is not even one
+        raise TargetError(
+            f"{path} does not cut text into ids ({error}); mend tokenizer.json in the checkpoint and export it again."
+        ) from error
 
 
 class Unsupported(TargetError):
@@ -159,12 +184,17 @@ class GraphRun:
         with _explained(graph):
             self._session = ort.InferenceSession(graph, options, providers=[PROVIDER])
         caches = [value for value in self._session.get_inputs() if value.name.startswith("past_")]
-        logits = next(value for value in self._session.get_outputs() if value.name == "logits")
+        logits = [value for value in self._session.get_outputs() if value.name == "logits"]
         self._names = [cache.name.removeprefix("past_") for cache in caches]
-        _, kv_heads, _, head_dim = caches[0].shape
-        is_half = caches[0].type == "tensor(float16)"
-        self.kv = KvShape(len(caches) // 2, kv_heads, head_dim, "float16" if is_half else "float32")
-        self.vocab: int = logits.shape[1]
+        match [value.shape for value in (*caches[:1], *logits)]:
+            case [[_, int(kv_heads), _, int(head_dim)], [_, int(vocab)]]:
+                is_half = caches[0].type == "tensor(float16)"
+                self.kv = KvShape(len(caches) // 2, kv_heads, head_dim, "float16" if is_half else "float32")
+                self.vocab = vocab
+            case _:
+                raise TargetError(
+                    f"{graph} has no cache or no logits as a release's graph has; export the model again."
+                )
         self.begin(1, 0)
 
     def begin(self, slots: int, capacity: int) -> None:
@@ -187,16 +217,16 @@ class GraphRun:
             "total_length": np.array(lengths.max(), np.int32),
             "logits_indices": wanted,
         }
-        binding = self._session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
-        binding.bind_output("logits", "cpu", 0, floats, logits.shape, logits.ctypes.data)
-        for name, cache in zip(self._names, self.pool, strict=True):
-            view = cache[slot : slot + len(ids)]
-            place = ("cpu", 0, floats, view.shape, view.ctypes.data)
-            binding.bind_input(f"past_{name}", *place)
-            binding.bind_output(f"present_{name}", *place)
         with _explained(self._graph):
+            binding = self._session.io_binding()
+            for name, value in inputs.items():
+                binding.bind_cpu_input(name, value)
+            binding.bind_output("logits", "cpu", 0, floats, logits.shape, logits.ctypes.data)
+            for name, cache in zip(self._names, self.pool, strict=True):
+                view = cache[slot : slot + len(ids)]
+                place = ("cpu", 0, floats, view.shape, view.ctypes.data)
+                binding.bind_input(f"past_{name}", *place)
+                binding.bind_output(f"present_{name}", *place)
             self._session.run_with_iobinding(binding)
         return logits.astype(np.float32, copy=False)
 
@@ -312,7 +342,7 @@ def _shortage(folder: Path) -> str | None:
 
 @contextmanager
 def _explained(graph: Path) -> Iterator[None]:
-    """Turn what ONNX Runtime raises into our errors."""
+    """Turn what ONNX Runtime raises into our errors: its own exceptions, and for some faults bare RuntimeError."""
     try:
         yield
     except NoKernel as error:
@@ -320,7 +350,7 @@ def _explained(graph: Path) -> Iterator[None]:
             f"ONNX Runtime {ort.__version__} cannot run it on this processor: {_words(error)}."
         ) from error
     except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
+        if not (type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError)):
             raise
         if "allocate memory" in str(error):
             raise child.OutOfMemory(f"Memory ran out while {graph.name} was running: {_words(error)}.") from error

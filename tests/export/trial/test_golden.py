@@ -70,6 +70,14 @@ def test_padding_ids_are_never_chosen() -> None:
     assert (golden.ids, golden.min_margin) == ([2, 0], 1.0)
 
 
+def test_logits_that_are_no_numbers_are_the_checkpoint_s_fault_in_an_export_and_the_release_s_afterwards() -> None:
+    model = Chain({1: [math.nan] * 3})
+    with pytest.raises(TargetError, match="the checkpoint holds weights that are no numbers"):
+        continue_greedily(model, [1], 3, [0], "here")
+    with pytest.raises(TargetError, match="do not use this release"):
+        retrace(model, Golden([1], [2], 0.0, "here"), 3)
+
+
 @pytest.mark.parametrize("nonsense", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_refused(nonsense: float) -> None:
     with pytest.raises(TargetError, match="no numbers"):

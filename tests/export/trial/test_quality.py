@@ -5,6 +5,7 @@ from math import exp, log
 import numpy as np
 import pytest
 
+from export.errors import TargetError
 from export.forms.values import Floats
 from export.spec import Kind, TensorInfo
 from export.trial.quality import REFERENCE_BYTES_MAX, Part, log_softmax, score, why_no_reference
@@ -57,6 +58,21 @@ def test_how_a_text_is_cut_does_not_matter() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     assert np.array_equal(log_softmax(np.array([[5000.0, 5000.0]])), np.log([[0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("value", [3e38, float("nan")])
+def test_logits_without_a_perplexity_are_said_in_one_sentence(value: float) -> None:
+    with pytest.raises(TargetError, match="so large, or no numbers, that no perplexity can be told"):
+        score([part(np.array([[value, -value]], np.float32), [1])])
+
+
+def test_the_distance_of_the_largest_logits_is_a_number() -> None:
+    mine, theirs = np.array([[3e38, 0.0]], np.float32), np.array([[-3e38, 0.0]], np.float32)
+    with pytest.raises(TargetError, match="no perplexity"):
+        score([part(mine, [0], theirs)])
+    found = score([part(np.array([[3e38, 0.0, 0.0]], np.float32), [0], np.array([[0.0, 0.0, -3e38]], np.float32))])
+    assert found.distance is not None
+    assert found.distance.largest_difference == pytest.approx(3e38)
 
 
 def test_a_model_too_large_in_float32_has_no_reference_and_it_is_said_why() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 
 from core.frames import Sampling
@@ -244,6 +247,56 @@ def test_a_graph_that_is_none_is_one_sentence(exact: Written, tmp_path: Path) ->
     with pytest.raises(TargetError, match=r"ONNX Runtime .* cannot run .*model\.onnx") as caught:
         measure(tmp_path, exact.manifest, 0, ALONE)
     assert "\n" not in caught.value.message
+
+
+def with_graph(exact: Written, folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    """A copy of the release with a graph that was changed."""
+    model = onnx.load(exact.graph)
+    change(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    shutil.copy(exact.folder / "tokenizer.json", folder)
+    return folder
+
+
+def test_an_input_of_another_name_is_one_sentence(exact: Written, tmp_path: Path) -> None:
+    def rename(model: onnx.ModelProto) -> None:
+        next(value for value in model.graph.input if value.name == "logits_indices").name = "indices"
+        for node in model.graph.node:
+            node.input[:] = ["indices" if name == "logits_indices" else name for name in node.input]
+
+    with pytest.raises(TargetError, match=r"ONNX Runtime .* cannot run .*model\.onnx") as caught:
+        measure(with_graph(exact, tmp_path, rename), exact.manifest, 0, ALONE)
+    assert "logits_indices" in caught.value.message
+
+
+def test_a_graph_without_logits_is_refused(exact: Written, tmp_path: Path) -> None:
+    def rename(model: onnx.ModelProto) -> None:
+        next(value for value in model.graph.output if value.name == "logits").name = "other"
+        for node in model.graph.node:
+            node.output[:] = ["other" if name == "logits" else name for name in node.output]
+
+    with pytest.raises(TargetError, match="has no cache or no logits"):
+        measure(with_graph(exact, tmp_path, rename), exact.manifest, 0, ALONE)
+
+
+def test_a_tokenizer_that_panics_is_one_sentence(exact: Written, tmp_path: Path) -> None:
+    content = json.loads((exact.folder / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 10}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TargetError, match=r"tokenizer\.json does not cut text into ids"):
+        text_ids(tmp_path, exact.manifest)
+
+
+def test_a_tokenizer_that_is_none_is_one_sentence(exact: Written, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TargetError, match=r"tokenizer\.json does not cut text into ids"):
+        text_ids(tmp_path, exact.manifest)
+
+
+def test_ids_that_the_manifest_does_not_know_are_refused(exact: Written) -> None:
+    small = msgspec.structs.replace(exact.manifest, tokenizer_size=5)
+    with pytest.raises(TargetError, match="the manifest knows 5 ids"):
+        text_ids(exact.folder, small)
 
 
 def test_a_manifest_of_other_sizes_is_refused(exact: Written, ran: Ran) -> None:
