@@ -122,7 +122,7 @@ def _facts(manifest: Manifest, width: int) -> Iterator[str]:
     yield from _table(
         [
             ("source", f"{manifest.source.name} ({manifest.source.architecture})"),
-            ("source sha256", f"{manifest.source.sha256[:48]}..."),
+            ("source sha256", f"{manifest.source.sha256[:32]}..."),
             ("graph", f"{manifest.family}, ABI {manifest.graph_abi}, exporter {manifest.exporter_version}"),
             ("device", manifest.device),
             ("operators", ", ".join(manifest.operators) or "those of ONNX Runtime"),
