@@ -163,7 +163,7 @@ def _write_release(order: Order, drawing: Drawing, staging: Staging, tell: Tell)
     kept = find_kept(drawing, staging, tell) if order.resume else Kept()
     _clear_all_but_data(staging)
     reference = draw_reference(drawing) if order.run else "not asked for"
-    check_room(staging.release, _needed_bytes(drawing, kept, reference))
+    check_room(order.out, _needed_bytes(drawing, kept, reference))
     data = write_data(drawing, staging, kept)
     manifest = _describe(order, drawing, data.source_sha256)
     files = [data.file, *_write_small_files(drawing, manifest, staging.release)]

@@ -19,6 +19,8 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,7 +82,8 @@ class DataFile:
         self.size_bytes = sum(chunk.size_bytes for chunk in kept)
         self._hasher = ChunkHasher(kept)
         self._noted = len(kept)
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b", buffering=0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._file = os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0)
         self._file.truncate(self.size_bytes)
         self._file.seek(self.size_bytes)
         self._helper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-file")
@@ -192,11 +195,19 @@ class _Listing(msgspec.Struct):
 
 def check_target(out: Path) -> None:
     """Raise TargetError if `out` is something that an export must not replace: all but nothing, an empty folder, and
-    a release with nothing beside its own files."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise TargetError(f"{out} exists and is not a folder; choose another --out.")
-    if not out.is_dir():
-        return
+    a release with nothing beside its own files. Nor must it be where no folder can be."""
+    if out.name in ("", ".."):
+        raise TargetError(f"--out {str(out)!r} says where, but not what the release's folder is called; name a folder.")
+    with _explained(out):
+        # What exists of the path, the longest: the rest will be made.
+        nearest = next((place for place in (out, *out.parents) if os.path.lexists(place)), Path())
+        if not nearest.is_dir() or out.is_symlink():
+            raise TargetError(f"{nearest} exists and is not a folder; choose another --out.")
+        if out.is_dir():
+            _check_content(out)
+
+
+def _check_content(out: Path) -> None:
     listed = _listed_in(out)
     foreign = _first_foreign(out, listed or frozenset())
     if foreign is not None:
@@ -246,13 +257,13 @@ def _first_foreign(folder: Path, listed: frozenset[str], under: str = "") -> str
     return None
 
 
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise TargetError if the disk of `folder` has less room than that."""
-    free_bytes = shutil.disk_usage(folder).free
+def check_room(out: Path, needed_bytes: int) -> None:
+    """Raise TargetError if the disk on which `out` will be has less room than that; its parent is there."""
+    free_bytes = shutil.disk_usage(out.parent).free
     if needed_bytes > free_bytes:
         raise TargetError(
-            f"The release needs {_gigabytes(needed_bytes)} more on the disk of {folder.resolve()}, which has "
-            f"{_gigabytes(free_bytes)} free (a release that is replaced stays until the new one is whole); "
+            f"The release needs {_size(needed_bytes)} more on the disk of {out}, which has "
+            f"{_size(free_bytes)} free (a release that is replaced stays until the new one is whole); "
             "free some space or choose another --out."
         )
 
@@ -278,42 +289,66 @@ def staged(out: Path, keep: bool = False) -> Iterator[Staging]:
     """A folder to write the release in; it becomes `out` when the block ends without an error.
 
     It is empty, or, with `keep`, as a killed or interrupted export left it. An Exception inside removes it, an
-    interrupt leaves it; `out` is as it was after either.
+    interrupt leaves it; `out` is as it was after either. An interrupt that comes when all is written is not heard any
+    more. Links in what was left are removed, never followed.
     Raises TargetError: `out` is something else, another export is at work, the disk is full.
     """
     check_target(out)
     staging = staging_of(out)
     folder = staging.release.parent
-    try:
+    with _explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, out):
             try:
+                _drop_links(folder)
                 _restore(folder, out)
                 if not keep:
                     _clear(folder)
                 staging.release.mkdir(exist_ok=True)
                 yield staging
                 check_target(out)  # hours may have passed since
-                _publish(staging.release, out)
+                with _undisturbed():
+                    _publish(staging.release, out)
+                    shutil.rmtree(folder, ignore_errors=True)
             except Exception:
                 _restore(folder, out)
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise _explain(error, out) from error
 
 
 def clear_leftover(out: Path) -> None:
     """Remove what a killed export to `out` left, unless one is at work there."""
     folder = staging_of(out).release.parent
-    try:
-        if folder.is_dir():
+    with _explained(out):
+        if folder.is_dir() and not folder.is_symlink():
             with _locked(folder, out):
+                _drop_links(folder)
                 _restore(folder, out)
                 shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise _explain(error, out) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within the block no signal of a person ends this process's work: it could not be told how far that had come."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's, which is not here
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _drop_links(staging: Path) -> None:
+    """Remove links, themselves: an export makes none, and writing or clearing through one would harm what it names."""
+    for folder in (staging, staging / "release"):
+        for leftover in folder.iterdir() if folder.is_dir() else ():
+            if leftover.is_symlink():
+                leftover.unlink()
 
 
 def _publish(folder: Path, out: Path) -> None:
@@ -364,9 +399,11 @@ def _locked(staging: Path, out: Path) -> Iterator[None]:
 def _lock(staging: Path, out: Path) -> int:
     """Make, open and lock the staging folder; returns its descriptor."""
     while True:
+        if staging.is_symlink():
+            raise TargetError(f"{staging} is a link, where an export keeps a folder; remove it.")
         staging.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue  # another export ended just now and removed its folder
         try:
@@ -391,8 +428,17 @@ def _bytes_of(values: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _gigabytes(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB"
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Say in a sentence what the system refuses within the block."""
+    try:
+        yield
+    except OSError as error:
+        raise _explain(error, out) from error
 
 
 def _explain(error: OSError, out: Path) -> TargetError:

@@ -129,6 +129,28 @@ def test_an_interrupt_is_one_line_that_says_how_to_go_on(
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_comes_when_the_release_is_in_place_is_too_late(
+    tmp_path: Path, checkpoint: Path, whole: Path, signal_name: str
+) -> None:
+    out = tmp_path / "release"
+    prelude = f"""
+import export.release.writer as writer
+publish = writer._publish
+def publish_disturbed(folder, out):
+    os.kill(os.getpid(), signal.{signal_name})
+    publish(folder, out)
+    os.kill(os.getpid(), signal.{signal_name})
+writer._publish = publish_disturbed
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has inherited SIG_IGN
+"""
+    done = run_with(prelude, *command(checkpoint, out))
+    assert done.returncode == 0, done.stderr
+    assert "as it was" not in done.stderr
+    assert contents(out) == contents(whole)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["release"]
+
+
 def test_without_resume_a_leftover_is_cleared(
     tmp_path: Path, checkpoint: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,12 +147,21 @@ def test_a_disk_that_fills_up_while_the_helper_writes_is_said_to_be_full(tmp_pat
 
 def test_a_disk_without_room_is_refused_with_both_figures(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    check_room(tmp_path, free // 2)
+    out = tmp_path / "release"
+    check_room(out, free // 2)
     needed = free * 3 + 10_000_000
     with pytest.raises(TargetError) as refusal:
-        check_room(tmp_path, needed)
+        check_room(out, needed)
+    assert f"more on the disk of {out}, which" in refusal.value.message
     figures = [float(number) for number in re.findall(r"([\d.]+) GB", refusal.value.message)]
     assert figures == pytest.approx([needed / 1e9, free / 1e9], rel=0.05)
+
+
+def test_a_small_disk_is_told_in_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(TargetError, match=r"needs 32\.5 MB more on .*, which has 5\.0 MB free"):
+        check_room(tmp_path / "release", 32_500_000)
 
 
 def test_a_file_that_changed_no_longer_matches(tmp_path: Path) -> None:
@@ -355,10 +364,61 @@ def test_an_empty_folder_may_become_a_release(tmp_path: Path) -> None:
     assert names(out) == [MANIFEST_NAME]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_file_on_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    with pytest.raises(TargetError, match=r"/file exists and is not a folder"):
+        check_target(tmp_path / "file" / "deep" / "release")
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_too_long_is_refused_in_a_sentence(tmp_path: Path, length: int) -> None:
     with (
-        pytest.raises(TargetError, match=r"cannot be written to .*file/release"),
-        staged(tmp_path / "file" / "release"),
+        pytest.raises(TargetError, match=r"cannot be written to .*x \(File name too long\)"),
+        staged(tmp_path / ("x" * length)),
     ):
-        pytest.fail("a folder was made below a file")
+        pytest.fail("no folder can be called so")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is locked for root")
+def test_a_locked_folder_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0)
+    with pytest.raises(TargetError, match=r"cannot be written to .*locked/release \(Permission denied\)"):
+        check_target(tmp_path / "locked" / "release")
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "releases/..", "/"])
+def test_a_place_without_a_name_is_refused(out: str) -> None:
+    with pytest.raises(TargetError, match="name a folder"):
+        check_target(Path(out))
+
+
+def test_a_link_in_place_of_the_staging_folder_is_not_followed(tmp_path: Path) -> None:
+    release(tmp_path / "mine", "precious")
+    (tmp_path / ".release.partial").symlink_to("mine")
+    clear_leftover(tmp_path / "release")
+    with pytest.raises(TargetError, match=r"\.release\.partial is a link"), staged(tmp_path / "release"):
+        pytest.fail("it would have worked in somebody's folder")
+    assert names(tmp_path / "mine") == [MANIFEST_NAME]
+
+
+@pytest.mark.parametrize("link", ["release", "old", "scratch", "journal.new", "release/data", "release/deep"])
+def test_links_in_the_staging_folder_are_removed_themselves(tmp_path: Path, link: str) -> None:
+    release(tmp_path / "mine", "precious")
+    left = tmp_path / ".release.partial" / link
+    left.parent.mkdir(parents=True)
+    left.symlink_to(tmp_path / "mine" / (MANIFEST_NAME if "data" in link or "journal" in link else ""))
+    with staged(tmp_path / "release", keep=True) as staging:
+        assert not left.is_symlink()
+        with DataFile(staging.release / "data") as file:
+            file.append(b"new")
+        write_manifest(staging, "new")
+    assert (tmp_path / "mine" / MANIFEST_NAME).read_text() == manifest("precious")
+    assert names(tmp_path) == ["mine", "release"]
+
+
+def test_a_data_file_is_never_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"precious")
+    (tmp_path / "data").symlink_to("mine")
+    with pytest.raises(OSError, match="symbolic links"):
+        DataFile(tmp_path / "data")
+    assert (tmp_path / "mine").read_bytes() == b"precious"
