@@ -8,7 +8,8 @@ Does not know files, bytes or ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,6 +26,8 @@ MAX_LAYERS = 1024
 SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 #: The rotary tables hold cosines and sines times a factor, at worst in float16.
 MAX_ATTENTION_FACTOR = 65_504.0
+
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class Family(StrEnum):
@@ -223,42 +226,55 @@ def check_limits(spec: DecoderSpec, where: str) -> None:
         )
 
 
-def check_tensors(spec: DecoderSpec, tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Raise SourceError unless `tensors` are exactly what the spec asks for; `where` names the checkpoint."""
-    if spec.layers > len(tensors):  # before a list as long as a hostile configuration says is made
-        raise SourceError(
-            f"{where} has {len(tensors)} tensors, too few for the {spec.layers} layers of its configuration; "
-            "it is not a whole model, fetch it again."
-        )
+def check_tensors(
+    spec: DecoderSpec, tensors: Mapping[str, TensorInfo], where: str, called: Callable[[str], str] = str
+) -> None:
+    """Raise SourceError unless `tensors` are exactly what the spec asks for.
+
+    `where` names the checkpoint; `called`: a tensor's name -> what the checkpoint's own files call it.
+    """
+    _check_layers(spec, tensors, where)
     expected = expected_tensors(spec)
     unknown = sorted(tensors.keys() - expected.keys())
     if unknown:
         raise SourceError(
-            f"{where} has {len(unknown)} tensors that the {spec.family} graph does not use (first: {unknown[0]!r}); "
-            "the model is of another kind, export it with a version that knows them."
+            f"{where} has {len(unknown)} tensors that the {spec.family} graph does not use "
+            f"(first: {called(unknown[0])!r}); the model is of another kind, export it with a version that knows them."
         )
     for name, wanted in expected.items():
         found = tensors.get(name)
         if found is None:
-            raise SourceError(f"{where} has no tensor {name!r}; it is not a whole {spec.family} model, fetch it again.")
+            raise SourceError(
+                f"{where} has no tensor {called(name)!r}; it is not a whole {spec.family} model, fetch it again."
+            )
         if found.shape != wanted.shape:
             raise SourceError(
-                f"The tensor {name!r} of {where} is {found.shape}, its configuration says {wanted.shape}; "
+                f"The tensor {called(name)!r} of {where} is {found.shape}, its configuration says {wanted.shape}; "
                 "one of the two is damaged, fetch it again."
             )
-        _check_kind(found, wanted.role, where)
+        _check_kind(found, wanted.role, where, called(name))
 
 
-def _check_kind(tensor: TensorInfo, role: Role, where: str) -> None:
+def _check_layers(spec: DecoderSpec, tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Before a list as long as a hostile configuration says is made."""
+    found = {match[1] for name in tensors if (match := _IN_LAYER.match(name))}
+    if len(found) != spec.layers:
+        raise SourceError(
+            f"The number of layers of {where} is {len(found)} by its tensors and {spec.layers} by its configuration; "
+            "check the latter (num_hidden_layers in config.json, block_count in a GGUF)."
+        )
+
+
+def _check_kind(tensor: TensorInfo, role: Role, where: str, called: str) -> None:
     is_mxfp4 = tensor.kind is Kind.MXFP4
     if is_mxfp4 is not (role is Role.EXPERTS):
         raise SourceError(
-            f"The tensor {tensor.name!r} of {where} is stored as {tensor.kind}; experts must be MXFP4 and nothing else "
+            f"The tensor {called!r} of {where} is stored as {tensor.kind}; experts must be MXFP4 and nothing else "
             "may be: take the checkpoint as it was published."
         )
     if role in (Role.VECTOR, Role.ROUTER) and not tensor.kind.is_float:
         raise SourceError(
-            f"The tensor {tensor.name!r} of {where} is stored as {tensor.kind}, a float type was expected; "
+            f"The tensor {called!r} of {where} is stored as {tensor.kind}, a float type was expected; "
             "requantise the model."
         )
 

@@ -20,7 +20,7 @@ from export.forms.values import Blocks, Bytes, Plain
 from export.sources import ggml
 from export.sources.checkpoint import Extent
 from export.sources.gguf_header import Header, Place, read_header
-from export.sources.gguf_spec import ROPE_DIVISORS, hugging_face_name, read_spec, rotary_heads
+from export.sources.gguf_spec import ROPE_DIVISORS, gguf_name, hugging_face_name, read_spec, rotary_heads
 from export.sources.gguf_speech import read_speech
 from export.sources.speech import Speech
 from export.spec import DecoderSpec, TensorInfo, check_tensors
@@ -43,7 +43,7 @@ class GgufCheckpoint:
         divisors = _read_divisors(path, places.pop(ROPE_DIVISORS, None))
         spec = read_spec(header.metadata, {name: place.info for name, place in places.items()}, divisors, str(path))
         places = {hugging_face_name(name): place for name, place in places.items()}
-        check_tensors(spec, _infos(places), str(path))
+        check_tensors(spec, _infos(places), str(path), gguf_name)
         speech = read_speech(header.metadata, str(path))
         if speech.size > spec.vocab:
             raise SourceError(f"{path} has {speech.size} tokens and an embedding of {spec.vocab}; fetch it again.")

@@ -111,6 +111,19 @@ def hugging_face_name(name: str) -> str:
             return name
 
 
+def gguf_name(name: str) -> str:
+    """What a GGUF calls a tensor; the inverse of `hugging_face_name`."""
+    for theirs, ours in _WHOLE.items():
+        if name == ours:
+            return theirs
+    match name.removeprefix("model.layers.").split("."):
+        case [layer, *parts, suffix] if name.startswith("model.layers."):
+            for part, ours in _IN_LAYER.items():
+                if ".".join(parts) == ours:
+                    return f"blk.{layer}.{part}.{suffix}"
+    return name
+
+
 def rotary_heads(spec: DecoderSpec, name: str) -> int:
     """How many heads' rows llama.cpp interleaved in a tensor (Hugging Face's name): 0 where it did not."""
     if spec.family is not Family.LLAMA:

@@ -18,7 +18,14 @@ def decode_json(data: bytes, kind: type[T], where: str) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise SourceError(f"{where} cannot be read ({error}); fetch it again.") from error
+        raise SourceError(f"{where} cannot be read ({_reason(error)}); correct it there, or fetch it again.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The library's words, a key in front of them rather than as a path behind."""
+    words, _, path = str(error).partition(" - at `$")
+    key = path.removesuffix("`").removeprefix(".")
+    return f"{key}: {words}" if key else words
 
 
 def shown(name: object) -> str:

@@ -168,21 +168,21 @@ def test_numbers_that_are_not_finite_are_refused_by_the_tensors_name(tmp_path: P
 def test_a_tensor_of_another_size_is_named(tmp_path: Path) -> None:
     model = TinyLlama()
     model.raw["blk.1.ffn_up.weight"] = model.raw["blk.1.ffn_up.weight"][:-1]
-    assert "'model.layers.1.mlp.up_proj.weight'" in refusal(model.write(tmp_path / "x.gguf"))
+    assert "'blk.1.ffn_up.weight'" in refusal(model.write(tmp_path / "x.gguf"))
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "output_norm.weight"])
 def test_a_tensor_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
     model = TinyLlama()
     del model.raw[name]
-    assert hugging_face_name(name) in refusal(model.write(tmp_path / "x.gguf"))
+    assert f"has no tensor {name!r}" in refusal(model.write(tmp_path / "x.gguf"))
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q_norm.weight", "blk.0.ffn_up.bias", "rope_factors_long.weight"])
 def test_a_tensor_that_the_graph_would_leave_out_is_named(tmp_path: Path, name: str) -> None:
     model = TinyLlama()
     model.raw[name], model.shapes[name] = np.zeros(64, np.uint8), (16,)
-    assert repr(hugging_face_name(name)) in refusal(model.write(tmp_path / "x.gguf"))
+    assert f"(first: {name!r})" in refusal(model.write(tmp_path / "x.gguf"))
 
 
 def test_a_quantised_norm_is_refused(tmp_path: Path) -> None:
@@ -220,6 +220,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return SMALL.write(tmp_path_factory.mktemp("gguf") / "small.gguf")
 
 
+@settings(deadline=None)  # files are written, which on a busy machine takes as long as it takes
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_short_anywhere_is_refused(small: Path, share: float) -> None:
     path = small.with_name("cut.gguf")
@@ -229,7 +230,7 @@ def test_a_file_cut_short_anywhere_is_refused(small: Path, share: float) -> None
 
 
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_flipped_bits_in_the_header_are_refused_or_harmless(small: Path, data: st.DataObject) -> None:
     damaged = bytearray(small.read_bytes())
     header_bytes = len(damaged) - sum(-(-raw.nbytes // 32) * 32 for raw in SMALL.raw.values())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from export.errors import SourceError
-from export.sources.gguf_spec import hugging_face_name, read_spec, rotary_heads
+from export.sources.gguf_spec import gguf_name, hugging_face_name, read_spec, rotary_heads
 from export.spec import DecoderSpec, Divided, Family, Kind, Linear, Rope, TensorInfo, Yarn, expected_tensors
 from tests.export.tiny_gguf import TinyLlama, tiny_qwen2
 
@@ -116,6 +116,13 @@ def test_llama_cpp_interleaves_q_and_k_of_llamas_only() -> None:
     expected = {f"{q}.weight": 4, f"{q}.bias": 4, f"{k}.weight": 2, f"{k}.bias": 2}
     assert {name: count for name, count in heads.items() if count} == expected
     assert not any(rotary_heads(qwen2, name) for name in names)
+
+
+def test_every_tensor_is_called_by_its_name_in_the_file() -> None:
+    for name in TinyLlama(tied_head=False, qkv_bias=True).shapes:
+        assert gguf_name(hugging_face_name(name)) == name
+    for name in ("blk.0.attn_q_norm.weight", "x", "model.layers.0", "self_attn.q_proj.weight"):
+        assert gguf_name(name) == name
 
 
 def test_a_tensor_that_nobody_expects_keeps_its_name() -> None:

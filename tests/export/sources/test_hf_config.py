@@ -313,6 +313,10 @@ class TestDamage:
         with pytest.raises(SourceError, match=r"model/config.json cannot be read"):
             read_config(data, WHERE)
 
+    def test_a_key_is_named_as_it_stands_in_the_file(self) -> None:
+        refused(r"cannot be read \(num_hidden_layers: Expected `int` <= 1024\); ", LLAMA, num_hidden_layers=10**9)
+        refused(r"\(rope_scaling.factor: Expected `float", LLAMA, rope_scaling={"factor": "8"})
+
     @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"])
     @pytest.mark.parametrize("value", [0, -1, 1 << 31, 10**40, 2.5, "7", None, True, [], ...])
     def test_a_size_that_is_none_is_named(self, key: str, value: Any) -> None:

@@ -248,6 +248,11 @@ class TestFilesThatAreNotWhole:
         remove_tensor(llama / WEIGHTS, "model.norm.weight")
         refused(llama, "has no tensor 'model.norm.weight'; it is not a whole llama model")
 
+    @pytest.mark.parametrize("layers", [2, 1000])
+    def test_another_number_of_layers_than_the_configuration_says_is_named(self, llama: Path, layers: int) -> None:
+        bend_json(llama / "config.json", lambda config: config.update(num_hidden_layers=layers, layer_types=None))
+        refused(llama, f"is 1 by its tensors and {layers} by its configuration; .*num_hidden_layers in config")
+
     def test_a_tensor_that_no_graph_knows_is_named(self, llama: Path) -> None:
         add_tensor(llama / WEIGHTS, "model.layers.0.self_attn.q_norm.weight", np.ones(16, np.float32))
         refused(llama, "'model.layers.0.self_attn.q_norm.weight'")
