@@ -198,13 +198,15 @@ def check_target(out: Path) -> None:
     a release with nothing beside its own files. Nor must it be where no folder can be."""
     if out.name in ("", ".."):
         raise TargetError(f"--out {str(out)!r} says where, but not what the release's folder is called; name a folder.")
-    with _explained(out):
-        # What exists of the path, the longest: the rest will be made.
-        nearest = next((place for place in (out, *out.parents) if os.path.lexists(place)), Path())
+    # What exists of the path, the longest: the rest will be made.
+    nearest = next((place for place in (out, *out.parents) if os.path.lexists(place)), Path())
+    try:
         if not nearest.is_dir() or out.is_symlink():
             raise TargetError(f"{nearest} exists and is not a folder; choose another --out.")
         if out.is_dir():
             _check_content(out)
+    except OSError as error:
+        raise TargetError(f"{out} cannot be read ({error.strerror or error}); choose another --out.") from error
 
 
 def _check_content(out: Path) -> None:
