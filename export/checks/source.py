@@ -6,6 +6,7 @@ source stands for, each within the bound of its form. Does not know digests of f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -90,14 +91,24 @@ def _texts(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator
         if name is None:
             continue
         try:
-            same = (folder / name).read_bytes() == expected
-        except (OSError, ValueError) as error:  # the latter for a name that no file can have
-            yield Check(Verdict.BROKEN, f"content of {name}", f"cannot be read ({error}); copy the release again.")
+            same = _content(folder / name) == expected
+        except TargetError as error:
+            yield Check(Verdict.BROKEN, f"content of {name}", error.message)
             continue
         if same:
             yield Check(Verdict.OK, f"content of {name}", "is the reference's.")
         else:
             yield Check(Verdict.BROKEN, f"content of {name}", "is not the reference's; export the model again.")
+
+
+def _content(path: Path) -> bytes:
+    """Of a small file; raises TargetError."""
+    if not os.path.isfile(path):
+        raise TargetError(f"{path} is not there; export or copy the release again.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TargetError(f"{path} cannot be read ({error.strerror}); make it readable, or copy it again.") from error
 
 
 def _plan(model: ModelProto, manifest: Manifest) -> Plan:
@@ -165,9 +176,7 @@ def _claims(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Check:
     """Whether the claims are those of an export, and that of the weights is what quality.json comes to."""
     path = folder / QUALITY_FILE
     try:
-        report = decode_report(path.read_bytes(), str(path))
-    except OSError as error:
-        return Check(Verdict.BROKEN, "claims", f"{path} cannot be read ({error.strerror}); copy the release again.")
+        report = decode_report(_content(path), str(path))
     except TargetError as error:
         return Check(Verdict.BROKEN, "claims", error.message)
     expected = expected_tensors(checkpoint.spec)

@@ -6,6 +6,7 @@ Does not know where they ought to lie, or which source they were made from.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,8 +32,10 @@ class WrittenGraph:
 
     def __init__(self, graph: Path) -> None:
         """Read the graph, not the weights; raises TargetError if it is none, or names a file that is not there."""
+        if not os.path.isfile(graph):
+            raise TargetError(f"{graph} is not there; export or copy the release again.")
         try:
-            self.model = onnx.load(graph, load_external_data=False)
+            self.model = onnx.load(graph, format="protobuf", load_external_data=False)
         except (DecodeError, OSError) as error:
             raise TargetError(f"{graph} is not an ONNX graph ({error}); export the model again.") from error
         self._external = {
@@ -42,7 +45,7 @@ class WrittenGraph:
         }
         with ExitStack() as opening:
             locations = {self._place(name)[0] for name in self._external}
-            self._descriptors = {location: _open(graph.parent, location, opening) for location in locations}
+            self._descriptors = {location: _open(graph.parent, location, opening) for location in sorted(locations)}
             self._files = opening.pop_all()
 
     def __enter__(self) -> WrittenGraph:
@@ -63,7 +66,7 @@ class WrittenGraph:
         return np.frombuffer(data, stored.dtype).reshape(shape)
 
     def _offset(self, name: str, stored: Stored) -> int:
-        _, offset, size_bytes = self._place(name)
+        location, offset, size_bytes = self._place(name)
         tensor = self._external[name]
         found, declared = (tuple(tensor.dims), tensor.data_type, size_bytes), (stored.shape, stored.tensor_type)
         if found != (*declared, stored.size_bytes):
@@ -71,6 +74,8 @@ class WrittenGraph:
                 f"The initialiser {name!r} is {found[:2]} in {size_bytes} bytes, {declared} in {stored.size_bytes} "
                 "was expected; export the model again."
             )
+        if offset + size_bytes > os.fstat(self._descriptors[location]).st_size:
+            raise TargetError(f"{location} ends before {name!r} does; export or copy the release again.")
         return offset
 
     def _place(self, name: str) -> tuple[str, int, int]:
@@ -80,11 +85,16 @@ class WrittenGraph:
             raise TargetError(f"The graph has no external initialiser {name!r}; export the model again.")
         entries = {entry.key: entry.value for entry in tensor.external_data}
         try:
-            return entries["location"], int(entries["offset"]), int(entries["length"])
+            location, offset, size_bytes = entries["location"], int(entries["offset"]), int(entries["length"])
         except (KeyError, ValueError) as error:
             raise TargetError(
                 f"The graph does not say where {name!r} lies ({error}); export the model again."
             ) from error
+        if offset < 0 or size_bytes < 0:
+            raise TargetError(
+                f"The graph says that {name!r} lies at {offset} in {size_bytes} bytes; export the model again."
+            )
+        return location, offset, size_bytes
 
     def _pread(self, name: str, offset: int, size_bytes: int) -> bytearray:
         location, _, _ = self._place(name)
@@ -100,16 +110,20 @@ class WrittenGraph:
 
 def _open(folder: Path, location: str, files: ExitStack) -> int:
     """Descriptor of a data file, which `files` will close."""
+    if location in ("", ".", "..") or not {"/", "\0"}.isdisjoint(location):
+        raise TargetError(
+            f"The graph names {location!r:.80}, which is no file's name or leaves the release; do not use this release."
+        )
     path = folder / location
-    if path.parent != folder:
-        raise TargetError(f"The graph names {location!r}, which leaves the release; do not use this release.")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would keep us waiting
     except OSError as error:
         raise TargetError(
             f"{path} cannot be read ({error.strerror or error}); export or copy the release again."
         ) from error
     files.callback(os.close, descriptor)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise TargetError(f"{path} is not a regular file; export or copy the release again.")
     return descriptor
 
 

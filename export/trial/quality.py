@@ -7,7 +7,6 @@ Does not know who computed the logits, or which text it was.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import exp, log, prod
@@ -23,7 +22,7 @@ from export.spec import TensorInfo
 REFERENCE_BYTES_MAX = 2_000_000_000
 """Models up to this size in float32 are compared with themselves in float32."""
 
-_SURPRISE_MAX = log(sys.float_info.max)
+_SURPRISE_MAX = log(np.finfo(np.float64).max)
 
 
 class Distance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

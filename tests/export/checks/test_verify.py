@@ -211,14 +211,27 @@ def test_two_initialisers_that_were_swapped_are_found(release: Path, gguf: Path)
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("location", "../elsewhere", "which leaves the release"),
+        ("location", "../elsewhere", "leaves the release"),
         ("location", "elsewhere", "elsewhere cannot be read"),
+        ("location", "..", "which is no file's name"),
+        ("location", ".", "which is no file's name"),
+        ("location", "", "which is no file's name"),
+        ("location", "/etc/passwd", "which is no file's name or leaves the release"),
+        ("location", "model\0", "which is no file's name"),
+        ("location", "x" * 300, "cannot be read"),
+        ("location", "directory", "directory is not a regular file"),
+        ("location", "pipe", "pipe is not a regular file"),
         ("offset", "here", "does not say where 'rotary.cos' lies"),
+        ("offset", "9" * 5000, "does not say where 'rotary.cos' lies"),
+        ("offset", "-4096", "lies at -4096"),
+        ("length", "-1", "in -1 bytes"),
     ],
 )
 def test_a_graph_that_points_elsewhere_is_not_followed(
     release: Path, gguf: Path, key: str, value: str, words: str
 ) -> None:
+    (release / "directory").mkdir()
+    os.mkfifo(release / "pipe")
     model = onnx.load(release / GRAPH, load_external_data=False)
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "rotary.cos")
     (entry,) = (entry for entry in tensor.external_data if entry.key == key)
@@ -226,6 +239,35 @@ def test_a_graph_that_points_elsewhere_is_not_followed(
     (release / GRAPH).write_bytes(model.SerializeToString())
     with pytest.raises(TargetError, match=words):
         of_source(release, gguf)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("offset", str(2**40), "ends before 'rotary.cos' does"),
+        ("offset", str(2**63), "ends before 'rotary.cos' does"),
+        ("length", str(2**70), "was expected"),
+    ],
+)
+def test_a_weight_that_would_lie_beyond_its_file_is_named(
+    release: Path, gguf: Path, key: str, value: str, words: str
+) -> None:
+    model = onnx.load(release / GRAPH, load_external_data=False)
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "rotary.cos")
+    (entry,) = (entry for entry in tensor.external_data if entry.key == key)
+    entry.value = value
+    (release / GRAPH).write_bytes(model.SerializeToString())
+    found = broken(of_source(release, gguf))
+    assert found.keys() == {CONTENT, "rotary.cos"}
+    assert words in found["rotary.cos"]
+
+
+@pytest.mark.parametrize("graph", ["tokenizer.json", "chat_template.jinja", "pipe", "no\0file"])
+def test_a_graph_that_is_another_file_is_refused(release: Path, gguf: Path, graph: str) -> None:
+    os.mkfifo(release / "pipe")
+    manifest = msgspec.structs.replace(manifest_of(release), graph=graph)
+    with pytest.raises(TargetError, match=r"is not an ONNX graph|is not there"):
+        list(check_source(release, manifest, open_checkpoint(str(gguf))))
 
 
 def test_a_node_that_was_changed_is_named(release: Path, gguf: Path) -> None:
