@@ -166,7 +166,8 @@ def _verify(options: argparse.Namespace) -> int:
         if not options.json:
             _say(check.line())
 
-    report = verify(options.release, options.reference, seen)
+    with _ended_by_sigterm():  # what it runs in lies in a temporary folder
+        report = verify(options.release, options.reference, seen)
     if options.json:
         _hand_over(report.to_json())
     else:
