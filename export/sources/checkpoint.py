@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from export.forms.values import Values
-from export.sources.speech import Speech as Speech
+from export.sources.speech import Speech
 from export.spec import DecoderSpec, TensorInfo
 
 

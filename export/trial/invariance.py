@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.forms.values import Floats
+from export.spec import MIN_CONTEXT_TOKENS
 
-UNIT_TOKENS = 48
-"""The trial prompt is a multiple of this, and a model's context at least this."""
+UNIT_TOKENS = MIN_CONTEXT_TOKENS
+"""The trial prompt is a multiple of this."""
 
 _SLOTS = 8
 _CHUNKS_TOKENS = (2, 3, 8, 16, 48)  # each divides the unit: no chunk of one token is ever read

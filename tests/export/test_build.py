@@ -16,8 +16,9 @@ from export.recipes import Dense, Recipe
 from export.release import weights
 from export.release.data import DATA_FILE, GRAPH_FILE
 from export.release.writer import PAGE_BYTES, count_intact, matches
-from export.sources.checkpoint import Checkpoint, Speech
+from export.sources.checkpoint import Checkpoint
 from export.sources.opening import open_checkpoint
+from export.sources.speech import Speech
 from export.spec import Kind
 from export.trial.quality_report import QualityReport, decode_report
 from tests.export.graph_runner import export_in_memory
