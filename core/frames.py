@@ -54,10 +54,15 @@ class ItemEnd(_Frame, frozen=True, tag="e"):
 
 
 class Logprobs(_Frame, frozen=True, tag="l"):
-    """The chosen id's log-probability and the most likely ids with theirs."""
+    """The chosen id's log-probability and the most likely ids with theirs, as the model gave them: before penalties.
+
+    text, top_texts: the bytes that the ids stand for.
+    """
 
     chosen: float
     top: list[tuple[int, float]]
+    text: bytes = b""
+    top_texts: list[bytes] = []
 
 
 Delta: TypeAlias = ItemStart | Text | Arguments | ItemEnd | Logprobs
@@ -88,17 +93,29 @@ class Hello(_Frame, frozen=True, tag="hello"):
 
 
 class Sampling(_Frame, frozen=True):
-    """temperature 0 = greedy; top_k 0 and top_p 1 = off."""
+    """temperature 0 = greedy; top_k 0, top_p 1, min_p 0 = off; repetition_penalty 1, other penalties 0 = off.
+
+    logit_bias: ids and what is added to their logits. top_logprobs: -1 = no Logprobs are said, else how many of the
+    most likely ids each of them names.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: list[tuple[int, float]] = []
+    top_logprobs: int = -1
 
 
 class Generate(_Frame, frozen=True, tag="generate"):
     """Start or continue a stream; `output_ids` are already the client's and are replayed silently.
 
-    deadline_s: seconds from receipt, 0 = none. cache_salt: keys the prefix store per tenant.
+    deadline_s: seconds from receipt, 0 = none. cache_salt: keys the prefix store per tenant. prefix_keys[i]:
+    core.conversation's key of items[0..i], or none. priority: higher goes first. exact: no speculation, whose
+    numbers differ in their last bits.
     """
 
     stream: str
@@ -119,6 +136,7 @@ class Generate(_Frame, frozen=True, tag="generate"):
     cache_salt: str = ""
     prefix_keys: list[str] = []
     deadline_s: float = 0.0
+    exact: bool = False
 
 
 class Cancel(_Frame, frozen=True, tag="cancel"):

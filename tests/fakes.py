@@ -150,7 +150,8 @@ class FakeRunner:
         assert len(chunk.ids) >= 2, "a lone token takes the one-token path"
         assert chunk.start >= 0 and end <= len(slot), "outside the slot"
         slot[chunk.start : end] = [(token, "chunk") for token in chunk.ids]
-        return None if chunk.wanted is None else logits_after(slot[: chunk.start + chunk.wanted + 1])
+        rows = [logits_after(slot[: chunk.start + index + 1]) for index in chunk.wanted]
+        return np.array(rows, np.float32).reshape(-1, VOCAB_SIZE)
 
     def _decode(self, decode: Decode | None) -> Logits | None:
         if decode is None:

@@ -109,7 +109,7 @@ class Scheduler:
         if plan.chunk is not None and outstanding.reader is not None and outstanding.reader.slot is not None:
             reader = outstanding.reader
             reader.computed = min(plan.chunk.start + len(plan.chunk.ids), len(reader.prompt))
-            advanced.append(Advanced(reader, result.chunk_logits))
+            advanced.append(Advanced(reader, next(iter(_rows(result.chunk_logits)), None)))
         return advanced
 
     def check_invariants(self) -> None:
@@ -140,7 +140,7 @@ class Scheduler:
         ids = prompt[stretch.start : stretch.start + stretch.length]
         ends_prompt = stretch.start + stretch.length >= len(prompt)
         # The last position of the prompt is sampled from, unless its successor is already known.
-        wanted = len(ids) - 1 if ends_prompt and not reader.output else None
+        wanted = [len(ids) - 1] if ends_prompt and not reader.output else []
         return Chunk(_slot(reader), stretch.start, ids + [_FILLER] * (stretch.length - len(ids)), wanted)
 
     def _stall_s(self, decode_rows: int) -> float:

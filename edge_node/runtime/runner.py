@@ -113,7 +113,7 @@ class Runner:
             decode = Decode(0, [0] * rows, [1] * rows, list(range(rows)))
             measured += self._measure(StepPlan(0, None, decode, 0.0))
         for length in lengths:
-            measured += self._measure(StepPlan(0, Chunk(0, 0, [0] * length, None), None, 0.0))
+            measured += self._measure(StepPlan(0, Chunk(0, 0, [0] * length, []), None, 0.0))
         return measured
 
     def _measure(self, plan: StepPlan) -> list[tuple[StepPlan, StepResult]]:
@@ -122,12 +122,10 @@ class Runner:
 
     # -- one part of a step -----------------------------------------------------------------
 
-    def _chunk(self, chunk: Chunk) -> Logits | None:
+    def _chunk(self, chunk: Chunk) -> Logits:
         ids = np.array([chunk.ids], np.int64)
         ends = np.array([chunk.start + len(chunk.ids)], np.int32)
-        wanted = [] if chunk.wanted is None else [chunk.wanted]
-        logits = self._run(chunk.slot, ids, ends, wanted, self._logits[: len(wanted)])
-        return logits[0] if wanted else None
+        return self._run(chunk.slot, ids, ends, chunk.wanted, self._logits[: len(chunk.wanted)])
 
     def _decode(self, decode: Decode) -> Logits:
         ids = np.array(decode.ids, np.int64)[:, None]

@@ -65,7 +65,7 @@ def main() -> None:
 
 def prefill_rate(runner: Runner, length: int) -> float:
     """Tokens per second of a prompt's first chunk."""
-    plan = StepPlan(0, Chunk(0, 0, [7] * length, None), None, 0.0)
+    plan = StepPlan(0, Chunk(0, 0, [7] * length, []), None, 0.0)
     runner.run(plan)
     return length / statistics.median(runner.run(plan).chunk_s for _ in range(5))
 
@@ -73,7 +73,7 @@ def prefill_rate(runner: Runner, length: int) -> float:
 def bare_step_s(runner: Runner, streams: int, steps: int) -> float:
     """Median seconds of a decode step, the best id taken and nothing else."""
     for slot in range(streams):
-        runner.run(StepPlan(0, Chunk(slot, 0, [7 + slot] * PROMPT_TOKENS, None), None, 0.0))
+        runner.run(StepPlan(0, Chunk(slot, 0, [7 + slot] * PROMPT_TOKENS, []), None, 0.0))
     ids, seconds = [7] * streams, []
     for step in range(steps):
         began = time.perf_counter()

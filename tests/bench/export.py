@@ -133,8 +133,8 @@ def generate(release: Path) -> dict[str, float]:
     runner = Runner.open(release, manifest_of(release), "cpu", THREADS, 1, 256)
     loaded_s = time.monotonic() - began
     prompt = list(range(100, 164))
-    runner.run(StepPlan(0, Chunk(0, 0, prompt, None), None, 0.0))  # pages the weights in
-    read = runner.run(StepPlan(0, Chunk(0, 0, prompt, len(prompt) - 1), None, 0.0))
+    runner.run(StepPlan(0, Chunk(0, 0, prompt, []), None, 0.0))  # pages the weights in
+    read = runner.run(StepPlan(0, Chunk(0, 0, prompt, [len(prompt) - 1]), None, 0.0))
     assert read.chunk_logits is not None
     ids, steps = [int(read.chunk_logits.argmax())], []
     for position in range(len(prompt), len(prompt) + 16):

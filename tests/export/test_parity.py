@@ -193,10 +193,11 @@ def ids_of_a_node(release: Path, manifest: Manifest, goldens: Sequence[Golden]) 
 def _continue(runner: Runner, manifest: Manifest, golden: Golden) -> list[int]:
     prompt, ids = golden.prompt_ids, list[int]()
     for slot in range(SLOTS):
-        chunk = Chunk(slot, 0, prompt, len(prompt) - 1)
-        logits = runner.run(StepPlan(0, chunk, None, 0.0)).chunk_logits
+        chunk = Chunk(slot, 0, prompt, [len(prompt) - 1])
+        read = runner.run(StepPlan(0, chunk, None, 0.0)).chunk_logits
+    assert read is not None
+    logits = read[0]
     while len(ids) < len(golden.ids):
-        assert logits is not None
         ids.append(_best(logits, manifest))
         end = len(prompt) + len(ids)
         decode = Decode(0, [5, 6, ids[-1]], [len(prompt) + 1, len(prompt) + 1, end], [SLOTS - 1])

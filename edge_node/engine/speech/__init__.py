@@ -54,6 +54,11 @@ class Parser(Protocol):
         """How many of the ids so far were reasoning."""
         ...
 
+    @property
+    def answering(self) -> bool:
+        """Whether the next id would be text of the answer itself: where a format can be enforced."""
+        ...
+
     def push(self, token: int, last: bool = False) -> list[Delta]:
         """What this id makes the model say. last: no further id will come, so hold nothing back."""
         ...
@@ -62,8 +67,13 @@ class Parser(Protocol):
 class Speech(Protocol):
     """One model family's way of speaking."""
 
-    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
-        """Prompt ids, up to where the answer begins; raises SpeechError."""
+    @property
+    def closing_ids(self) -> frozenset[int]:
+        """The ids that may end a complete answer."""
+        ...
+
+    def lay_out(self, items: list[Item], release: str, setting: Setting = PLAIN) -> Rendered:
+        """Prompt ids, up to where the answer begins, and at which of them each item ends; raises SpeechError."""
         ...
 
     def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:

@@ -7,7 +7,7 @@ from edge_node.engine.step import Chunk, Decode, StepPlan, StepResult
 
 
 def chunk_of(tokens: int, seconds: float) -> tuple[StepPlan, StepResult]:
-    return StepPlan(1, Chunk(0, 0, [1] * tokens, None), None, 0.0), StepResult(None, None, chunk_s=seconds)
+    return StepPlan(1, Chunk(0, 0, [1] * tokens, []), None, 0.0), StepResult(None, None, chunk_s=seconds)
 
 
 def decode_of(rows: int, seconds: float) -> tuple[StepPlan, StepResult]:

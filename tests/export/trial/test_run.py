@@ -135,12 +135,11 @@ def expect_the_ids_of_a_node(written: Written, goldens: Sequence[Golden]) -> Non
     runner = Runner.open(written.folder, manifest, "cpu", 1, 2, manifest.context_tokens)
     for golden in goldens:
         prompt, ids = golden.prompt_ids, list[int]()
-        logits = runner.run(StepPlan(0, Chunk(0, 0, prompt, len(prompt) - 1), None, 0.0)).chunk_logits
-        while logits is not None and len(ids) < len(golden.ids):
-            ids.append(sample(logits, Sampling(0.0), manifest.tokenizer_size, 0, len(ids)))
+        rows = runner.run(StepPlan(0, Chunk(0, 0, prompt, [len(prompt) - 1]), None, 0.0)).chunk_logits
+        while rows is not None and len(ids) < len(golden.ids):
+            ids.append(sample(rows[0], Sampling(0.0), manifest.tokenizer_size, 0, len(ids)))
             step = Decode(0, ids[-1:], [len(prompt) + len(ids)], [0])
-            decoded = runner.run(StepPlan(0, None, step, 0.0)).decode_logits
-            logits = None if decoded is None else decoded[0]
+            rows = runner.run(StepPlan(0, None, step, 0.0)).decode_logits
         assert ids == golden.ids
 
 
