@@ -6,6 +6,8 @@ know how an item becomes token ids (the node owns speech) nor where responses ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from hashlib import blake2b
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -15,6 +17,7 @@ from core.errors import RequestError
 Kind: TypeAlias = Literal["message", "reasoning", "function_call", "function_call_output"]
 
 MAX_ITEMS = 4096
+_PREFIX_KEY_BYTES = 16
 _ROLES = {"user", "assistant", "system", "developer", "tool"}
 _TEXT_PARTS = {"input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"}
 _OTHER_PARTS = {"input_image", "input_audio", "input_file", "image_url"}
@@ -35,6 +38,27 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
     name: str = ""
     call_id: str = ""
     phase: str = ""
+
+
+def prefix_keys(items: Iterable[Item], release: str, salt: str) -> list[str]:
+    """The i-th key stands for all that items[0..i] say, under one release and one tenant's salt: 128 bits, in hex.
+
+    Never over ids: an item that was generated here and the same one sent back by its client are one.
+    """
+    running = blake2b(digest_size=_PREFIX_KEY_BYTES, key=blake2b(salt.encode()).digest())
+    running.update(_framed(release))
+    keys: list[str] = []
+    for item in items:
+        for value in (item.kind, item.role, item.text, item.name, item.call_id, item.phase):
+            running.update(_framed(value))
+        keys.append(running.hexdigest())
+    return keys
+
+
+def _framed(text: str) -> bytes:
+    """With its length before it, so that no two lists of texts are the same bytes; also half a surrogate pair."""
+    data = text.encode("utf-8", "surrogatepass")
+    return len(data).to_bytes(8, "little") + data
 
 
 def parse_input(value: object) -> list[Item]:

@@ -16,6 +16,7 @@ Order: a row's `seq` must be the number of ids already taken; ids seen before ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -99,12 +100,22 @@ class Session:
     `ids` has been turned into events exactly once; exactly one `Finished` or `Refused` is ever returned, last.
 
     items: the whole conversation to be rendered, instructions and history included.
+    prefix_keys: `core.conversation.prefix_keys` of them.
     orphan_grace_s: how long a stored response goes on without a reader.
     """
 
-    def __init__(self, record: RequestRecord, items: list[Item], *, cache_salt: str, orphan_grace_s: float) -> None:
+    def __init__(
+        self,
+        record: RequestRecord,
+        items: list[Item],
+        *,
+        cache_salt: str,
+        orphan_grace_s: float,
+        prefix_keys: Sequence[str] = (),
+    ) -> None:
         self.record = record
         self.items = items
+        self.prefix_keys = prefix_keys
         self.log = StreamLog(record)
         self.ids: list[int] = []
         self.deltas: list[list[Delta]] = []
@@ -182,6 +193,7 @@ class Session:
             truncation=request.truncation,
             dropped_items=self.dropped_items,
             cache_salt=self._cache_salt,
+            prefix_keys=list(self.prefix_keys),
         )
 
     # -- what the node says --------------------------------------------------------------------

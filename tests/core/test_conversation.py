@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.conversation import MAX_ITEMS, Item, parse_input, text_of
+from core.conversation import MAX_ITEMS, Item, Kind, parse_input, prefix_keys, text_of
 from core.errors import RequestError
 
 
@@ -136,3 +137,48 @@ def test_any_json_is_items_or_a_refusal(value: object) -> None:
 def test_the_text_of_parts_is_their_concatenation() -> None:
     parts = [{"type": kind, "text": kind} for kind in ("input_text", "output_text", "text", "summary_text")]
     assert text_of(parts, "x") == "input_textoutput_texttextsummary_text"
+
+
+# -- prefix keys -------------------------------------------------------------------------------
+
+FIELDS = ["kind", "role", "text", "name", "call_id", "phase"]
+KINDS: st.SearchStrategy[Kind] = st.sampled_from(["message", "reasoning", "function_call", "function_call_output"])
+LETTERS = st.text("ab\ud800", max_size=2)
+ITEMS = st.lists(st.builds(Item, KINDS, LETTERS, LETTERS, name=LETTERS, call_id=LETTERS, phase=LETTERS), max_size=4)
+
+
+def said(item: Item) -> list[str]:
+    return [getattr(item, field) for field in FIELDS]
+
+
+@given(one=ITEMS, other=ITEMS)
+def test_two_conversations_have_the_same_prefix_keys_exactly_as_far_as_they_say_the_same(
+    one: list[Item], other: list[Item]
+) -> None:
+    keys, others = prefix_keys(one, "tiny@1", "salt"), prefix_keys(other, "tiny@1", "salt")
+    assert len(set(keys)) == len(one)
+    common = 0
+    while common < min(len(one), len(other)) and said(one[common]) == said(other[common]):
+        common += 1
+    assert keys[:common] == others[:common]
+    assert not set(keys[common:]) & set(others[common:])
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_prefix_key_depends_on_each_thing_that_an_item_says(field: str) -> None:
+    item = Item("message", "user", "hi")
+    changed = msgspec.structs.replace(item, **{field: "reasoning"})
+    first, *later = prefix_keys([item, item], "tiny@1", "salt")
+    other, *others = prefix_keys([changed, item], "tiny@1", "salt")
+    assert first != other and later != others
+
+
+def test_an_item_generated_here_and_sent_back_by_its_client_have_the_same_prefix_key() -> None:
+    ours, theirs = Item("message", "assistant", "hi", [1, 2], "tiny@1"), Item("message", "assistant", "hi")
+    assert prefix_keys([ours], "tiny@1", "salt") == prefix_keys([theirs], "tiny@1", "salt")
+
+
+def test_another_release_or_salt_shares_no_prefix_key() -> None:
+    items = [Item("message", "user", "hi")] * 3
+    keys = [prefix_keys(items, release, salt) for release in ("tiny@1", "tiny@2") for salt in ("", "a", "b" * 100)]
+    assert len({key for one in keys for key in one}) == 6 * 3

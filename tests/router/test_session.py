@@ -34,7 +34,7 @@ TERMINAL = {"response.completed", "response.incomplete", "response.failed"}
 def dispatched(**changes: object) -> tuple[Session, list[Effect]]:
     """A session that was sent to node `a`, which has not answered yet."""
     made = record(**changes)
-    session = Session(made, made.request.input, cache_salt="salt", orphan_grace_s=30.0)
+    session = Session(made, made.request.input, cache_salt="salt", orphan_grace_s=30.0, prefix_keys=["key"])
     return session, session.start("a", NOW)
 
 
@@ -107,7 +107,7 @@ def test_the_first_dispatch_has_epoch_one_and_everything_that_the_node_needs() -
     (frame,) = sent(effects)
     assert isinstance(frame, Generate)
     assert (frame.stream, frame.epoch, frame.release, frame.output_ids) == (STREAM, 1, RELEASE, [])
-    assert (frame.seed, frame.cache_salt) == (7, "salt")
+    assert (frame.seed, frame.cache_salt, frame.prefix_keys) == (7, "salt", ["key"])
 
 
 def test_a_whole_answer_is_delivered_and_finished_once() -> None:
