@@ -1,7 +1,7 @@
 """Runs graph ABI 1 on ONNX Runtime: the only module that imports it.
 
-The KV cache is one pool per layer and kind, [slots, kv_heads, context_tokens, head_dim]. past and
-present are bound to the same address, a view pool[lo:hi], so a step copies nothing: a chunk runs on
+The KV cache (edge_node.runtime.pools) is one pool per layer and kind, [slots, kv_heads, context_tokens, head_dim].
+past and present are bound to the same address, a view pool[lo:hi], so a step copies nothing: a chunk runs on
 one slot, a decode batch on adjacent ones. Bindings of a range are made once and kept; a step rebinds
 only the four small inputs and the logits.
 
@@ -12,18 +12,20 @@ Does not know sequences, sampling or speech.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.manifest import KvShape, Manifest
+from core.manifest import Manifest
 from edge_node.engine.ladder import LADDER
-from edge_node.engine.step import Chunk, Decode, Logits, StepPlan, StepResult
+from edge_node.engine.step import BLOCK_TOKENS, Chunk, Decode, Load, Logits, Move, Save, StepPlan, StepResult
+from edge_node.runtime.pools import CudaRuntime, DevicePools, Geometry, HostPools, Pools
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is loaded
 import onnxruntime as ort
@@ -31,8 +33,15 @@ import onnxruntime as ort
 Device: TypeAlias = Literal["cpu", "cuda"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Chunks that a warm-up runs: enough to interpolate the others' cost.
+MOST_WANTED = 16
+"""The most positions of a chunk whose logits may be wanted: the longest draft that is verified at once."""
+
+# What a warm-up runs, enough to interpolate the rest: chunks that read, chunks that verify, blocks that are copied.
 _WARM_LENGTHS = (2, 32, 128)
+_WARM_VERIFIED = (2, 4, 8, MOST_WANTED)
+_WARM_BLOCKS = 4
+# A draft whose verification takes longer than this will not pay; longer ones are not even measured.
+_SLOW_S = 1.0
 
 
 class DeviceUnavailable(ConfigError):
@@ -44,24 +53,18 @@ class DeviceUnavailable(ConfigError):
 class Runner:
     """A loaded model and its KV pool. Not thread-safe; results are views that the next run overwrites."""
 
-    def __init__(self, session: Any, manifest: Manifest, device: Device, slots: int, context_tokens: int) -> None:
+    def __init__(self, session: Any, manifest: Manifest, device: Device, pools: Pools) -> None:
         self._session = session
         self._device = device
-        self._slots = slots
-        self._layers = manifest.kv.layers
-        pool = _HostPool if device == "cpu" else _DevicePool
-        self._pools: dict[str, _Pool] = {
-            f"{kind}.{layer}": pool(manifest.kv, slots, context_tokens)
-            for layer in range(manifest.kv.layers)
-            for kind in ("key", "value")
-        }
+        self._pools = pools
+        self._geometry = pools.geometry
         kind = next(output.type for output in session.get_outputs() if output.name == "logits")
-        # One row for a chunk, before those of the decode batch.
+        # The chunk's rows, then those of the decode batch.
         self._logits = np.zeros(
-            (1 + slots, manifest.vocab_size), np.float16 if kind == "tensor(float16)" else np.float32
+            (MOST_WANTED + self._geometry.slots, manifest.vocab_size),
+            np.float16 if kind == "tensor(float16)" else np.float32,
         )
         self._bindings: dict[tuple[int, int], Any] = {}
-        self._context_tokens = context_tokens
 
     @classmethod
     def open(
@@ -73,11 +76,12 @@ class Runner:
         slots: int,
         context_tokens: int,
         spinning: bool = False,
+        prefix_blocks: int = 0,
     ) -> Runner:
         """Load the graph of a verified release.
 
         spinning: threads wait for the next operator by burning their core; only for cores of one's
-        own. Raises DeviceUnavailable, and ConfigError for a context the graph does not hold.
+        own. Raises DeviceUnavailable, and ConfigError for a context that the graph or a cache that memory cannot hold.
         """
         if not 2 <= context_tokens <= manifest.context_tokens:
             raise ConfigError(
@@ -92,33 +96,68 @@ class Runner:
         session = ort.InferenceSession(str(folder / manifest.graph), options, providers=[_PROVIDERS[device]])
         if session.get_providers()[0] != _PROVIDERS[device]:
             raise DeviceUnavailable(_unavailable(device))
-        return cls(session, manifest, device, slots, context_tokens)
+        geometry = Geometry(manifest.kv, slots, context_tokens, prefix_blocks)
+        pools = HostPools(geometry) if device == "cpu" else DevicePools(geometry, _cuda_runtime(), _device_zeros)
+        return cls(session, manifest, device, pools)
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute a plan; its logits are float32 views or copies, valid until the next run."""
-        began = time.perf_counter()
-        decode_logits = None if plan.decode is None else self._decode(plan.decode)
-        between = time.perf_counter()
-        chunk_logits = None if plan.chunk is None else self._chunk(plan.chunk)
-        return StepResult(chunk_logits, decode_logits, time.perf_counter() - between, between - began)
+        """Compute a plan; its logits are float32 views or copies, valid until the next run.
 
-    def warm_up(self) -> list[tuple[StepPlan, StepResult]]:
+        Raises ValueError for a copy outside the pools and for a chunk that wants more than MOST_WANTED logits.
+        """
+        if plan.chunk is not None and len(plan.chunk.wanted) > MOST_WANTED:
+            raise ValueError(
+                f"A chunk wants the logits of {len(plan.chunk.wanted)} positions, the runner has room for "
+                f"{MOST_WANTED}; verify shorter drafts."
+            )
+        began = time.perf_counter()
+        self._pools.copy([*plan.moves, *plan.loads])
+        copied = time.perf_counter()
+        decode_logits = None if plan.decode is None else self._decode(plan.decode)
+        decoded = time.perf_counter()
+        chunk_logits = None if plan.chunk is None else self._chunk(plan.chunk)
+        read = time.perf_counter()
+        self._pools.copy([*plan.saves])
+        copy_s = copied - began + time.perf_counter() - read
+        return StepResult(chunk_logits, decode_logits, read - decoded, decoded - copied, copy_s)
+
+    def warm_up(self, speculation: bool = False) -> list[tuple[StepPlan, StepResult]]:
         """Touch every weight and run the usual shapes; what they cost, for Engine.learn.
 
-        Writes into slots nobody holds yet, which is harmless: positions are written before they are read.
+        speculation: chunks that verify drafts as well. Writes into slots and blocks nobody holds yet, which is
+        harmless: they are written before they are read.
         """
         measured: list[tuple[StepPlan, StepResult]] = []
-        lengths = [length for length in _WARM_LENGTHS if length <= min(self._context_tokens, LADDER[-1])]
-        for rows in (1, self._slots):
+        context_tokens, slots = self._geometry.context_tokens, self._geometry.slots
+        for rows in (1, slots):
             decode = Decode(0, [0] * rows, [1] * rows, list(range(rows)))
-            measured += self._measure(StepPlan(0, None, decode, 0.0))
-        for length in lengths:
-            measured += self._measure(StepPlan(0, Chunk(0, 0, [0] * length, []), None, 0.0))
-        return measured
+            measured.append(self._measure(StepPlan(0, None, decode, 0.0)))
+        for length in _WARM_LENGTHS:
+            if length <= min(context_tokens, LADDER[-1]):
+                measured.append(self._measure(StepPlan(0, Chunk(0, 0, [0] * length, []), None, 0.0)))
+        for length in _WARM_VERIFIED if speculation else ():
+            if length <= context_tokens:
+                verified = Chunk(0, 0, [0] * length, list(range(length)))
+                measured.append(self._measure(StepPlan(0, verified, None, 0.0)))
+                if measured[-1][1].chunk_s > _SLOW_S:
+                    break
+        return measured + [self._measure(plan) for plan in self._copies()]
 
-    def _measure(self, plan: StepPlan) -> list[tuple[StepPlan, StepResult]]:
+    def _copies(self) -> list[StepPlan]:
+        """Each kind of copy that the pools have room for, alone."""
+        plans: list[StepPlan] = []
+        blocks = list(range(min(_WARM_BLOCKS, self._geometry.blocks, self._geometry.context_tokens // BLOCK_TOKENS)))
+        if blocks:
+            plans.append(StepPlan(0, None, None, 0.0, saves=[Save(0, 0, blocks)]))
+            plans.append(StepPlan(0, None, None, 0.0, loads=[Load(0, blocks)]))
+        if self._geometry.slots > 1:
+            tokens = min(_WARM_BLOCKS * BLOCK_TOKENS, self._geometry.context_tokens)
+            plans.append(StepPlan(0, None, None, 0.0, moves=[Move(0, 1, tokens)]))
+        return plans
+
+    def _measure(self, plan: StepPlan) -> tuple[StepPlan, StepResult]:
         self.run(plan)  # the first run of a shape allocates, and pages weights in
-        return [(plan, self.run(plan))]
+        return plan, self.run(plan)
 
     # -- one part of a step -----------------------------------------------------------------
 
@@ -130,7 +169,9 @@ class Runner:
     def _decode(self, decode: Decode) -> Logits:
         ids = np.array(decode.ids, np.int64)[:, None]
         ends = np.array(decode.ends, np.int32)
-        return self._run(decode.first_slot, ids, ends, decode.wanted, self._logits[1 : 1 + len(decode.wanted)])
+        return self._run(
+            decode.first_slot, ids, ends, decode.wanted, self._logits[MOST_WANTED : MOST_WANTED + len(decode.wanted)]
+        )
 
     def _run(
         self, lo: int, ids: NDArray[np.int64], ends: NDArray[np.int32], wanted: list[int], out: NDArray[Any]
@@ -153,47 +194,29 @@ class Runner:
         binding = self._bindings.get((lo, hi))
         if binding is None:
             binding = self._bindings[lo, hi] = self._session.io_binding()
-            for name, pool in self._pools.items():
-                shape, address = pool.view(lo, hi)
-                binding.bind_input(f"past_{name}", self._device, 0, pool.dtype, shape, address)
-                binding.bind_output(f"present_{name}", self._device, 0, pool.dtype, shape, address)
+            dtype = self._geometry.dtype.type
+            for pool in range(self._geometry.pools):
+                name = f"{'value' if pool % 2 else 'key'}.{pool // 2}"
+                shape, address = self._pools.view(pool, lo, hi)
+                binding.bind_input(f"past_{name}", self._device, 0, dtype, shape, address)
+                binding.bind_output(f"present_{name}", self._device, 0, dtype, shape, address)
         return binding
 
 
-class _Pool(Protocol):
-    """One layer's keys or values of all slots."""
-
-    dtype: Any
-
-    def view(self, lo: int, hi: int) -> tuple[tuple[int, ...], int]:
-        """Shape and address of slots lo..hi."""
-        ...
+def _device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), "cuda", 0)
 
 
-class _HostPool:
-    """In main memory; untouched pages of zeros cost nothing until a slot grows into them."""
-
-    def __init__(self, kv: KvShape, slots: int, context_tokens: int) -> None:
-        self.dtype = np.dtype(kv.dtype).type
-        self._array = np.zeros((slots, kv.kv_heads, context_tokens, kv.head_dim), self.dtype)
-
-    def view(self, lo: int, hi: int) -> tuple[tuple[int, ...], int]:
-        part = self._array[lo:hi]
-        return part.shape, part.ctypes.data
-
-
-class _DevicePool:
-    """In the GPU's memory. Unproven on hardware."""
-
-    def __init__(self, kv: KvShape, slots: int, context_tokens: int) -> None:
-        self.dtype = np.dtype(kv.dtype).type
-        self._shape = (kv.kv_heads, context_tokens, kv.head_dim)
-        self._slot_bytes = int(np.prod(self._shape)) * np.dtype(kv.dtype).itemsize
-        # From zeros, not from shape: garbage could be a NaN, which a mask times zero does not cancel.
-        self._value = ort.OrtValue.ortvalue_from_numpy(np.zeros((slots, *self._shape), self.dtype), "cuda", 0)
-
-    def view(self, lo: int, hi: int) -> tuple[tuple[int, ...], int]:
-        return (hi - lo, *self._shape), self._value.data_ptr() + lo * self._slot_bytes
+def _cuda_runtime() -> CudaRuntime:
+    """The CUDA runtime that preload_dlls has loaded, by the name under which the loader knows it."""
+    name = f"libcudart.so.{ort.cuda_version.split('.')[0]}"
+    try:
+        return CudaRuntime(ctypes.CDLL(name))
+    except OSError as error:
+        raise DeviceUnavailable(
+            f"{name} cannot be loaded, which the KV cache on the GPU needs; install the extra edge-cuda, or set "
+            'device = "cpu".'
+        ) from error
 
 
 def _options(threads: int, spinning: bool) -> Any:
