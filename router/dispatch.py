@@ -9,10 +9,11 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import msgspec
 
-from core.conversation import MAX_ITEMS, Item
+from core.conversation import MAX_ITEMS, Item, prefix_keys
 from core.errors import NoNodeAvailable, PreviousResponseNotFound, RequestError, UnknownModel
 from core.stream import Request, RequestRecord, output_items
 from router.api.call import Call, rendered
@@ -70,13 +71,16 @@ class Dispatcher:
                 f"The conversation has {len(items)} items, at most {MAX_ITEMS} are taken.", param="input"
             )
         # From the choice to its dispatch nothing is awaited: what was chosen is still true.
-        choice = choose(self._fleet.ready(self._now().mono_s), model)
+        salt = self._salt(tenant)
+        keys_under = cache(lambda release: prefix_keys(items, release, salt))
+        choice = choose(self._fleet.ready(self._now().mono_s), model, prefix_keys=keys_under)
         if choice is None:
             raise NoNodeAvailable(model)
         record = self._record(tenant, call, choice.release)
         if not call.generate:
             return self._sessions.warm_up(record, reader)
-        return self._sessions.start(record, items, choice.node.url, reader, self._salt(tenant))
+        keys = keys_under(choice.release)
+        return self._sessions.start(record, items, choice.node.url, reader, salt, keys)
 
     def _record(self, tenant: str, call: Call, release: str) -> RequestRecord:
         return RequestRecord(
@@ -102,7 +106,8 @@ class Dispatcher:
             if len(turns) == MAX_TURNS:
                 sentence = f"The conversation has more than {MAX_TURNS} turns; start a new one with a summary."
                 raise RequestError(sentence, param="previous_response_id")
-            turns.append([*past.record.request.input, *output_items(past.record, past.ids, past.deltas)])
+            said = output_items(past.record.id, past.record.release, past.ids, past.deltas)
+            turns.append([*past.record.request.input, *said])
             characters += sum(len(item.text) for item in turns[-1])
             if characters > MAX_HISTORY_CHARACTERS:
                 sentence = f"The conversation has more than {MAX_HISTORY_CHARACTERS} characters; start a new one."

@@ -6,7 +6,7 @@ Pure: events and monotonic seconds go in. Does not know sockets or discovery, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -20,6 +20,8 @@ MISSED_STATUS = 4
 # A Status that is on its way when the fourth was missed must not cost a stream: one more period of slack.
 SUSPECT_AFTER_S = (MISSED_STATUS + 1) * STATUS_PERIOD_S
 FORGET_DOWN_AFTER_S = 600.0
+# What a node tells at most; a table that would grow past it has missed something and loses its oldest entries.
+MAX_CHAINS = 4096
 
 State: TypeAlias = Literal["down", "suspect", "loading", "ready", "failed", "draining", "incompatible"]
 
@@ -29,6 +31,7 @@ class Node:
     """One node as this router sees it. `url` is the link's key, `hello.name` what people read.
 
     dispatched: streams sent since the last Status, which that Status cannot count yet.
+    chains: by prefix key, how many tokens of that beginning its prefix store holds.
     """
 
     url: str
@@ -40,6 +43,7 @@ class Node:
     dispatched: int = 0
     draining: bool = False
     rtt_s: float | None = None
+    chains: dict[str, int] = field(default_factory=dict)
 
     @property
     def running(self) -> int:
@@ -57,6 +61,19 @@ class Node:
     @property
     def slots(self) -> int:
         return self.hello.slots
+
+    def resident_tokens(self, prefix_keys: Sequence[str]) -> int:
+        """Tokens of a conversation's beginning that need not be read here."""
+        return next((self.chains[key] for key in reversed(prefix_keys) if key in self.chains), 0)
+
+    def remember(self, chains: Iterable[tuple[str, int]]) -> None:
+        """Take over what has changed in the node's prefix store; no tokens = gone."""
+        for key, tokens in chains:
+            self.chains.pop(key, None)
+            if tokens > 0:
+                self.chains[key] = tokens
+        while len(self.chains) > MAX_CHAINS:
+            del self.chains[next(iter(self.chains))]
 
     def state(self, now_s: float) -> State:
         if not self.up:
@@ -96,6 +113,7 @@ class NodeRow(msgspec.Struct, frozen=True):
     prefill_tokens_s: float
     decode_tokens_s: float
     rtt_ms: float | None
+    chains: int
 
 
 @dataclass(slots=True)
@@ -110,6 +128,7 @@ class Fleet:
     def on_down(self, url: str, now_s: float) -> None:
         if node := self.nodes.get(url):
             node.up, node.status, node.dispatched, node.changed_at_s = False, None, 0, now_s
+            node.chains.clear()
 
     def on_rtt(self, url: str, rtt_s: float) -> None:
         if node := self.nodes.get(url):
@@ -118,6 +137,7 @@ class Fleet:
     def on_status(self, url: str, status: Status, now_s: float) -> None:
         if node := self.nodes.get(url):
             node.status, node.status_at_s, node.dispatched = status, now_s, 0
+            node.remember(status.chains)
 
     def on_drain(self, url: str) -> None:
         if node := self.nodes.get(url):
@@ -181,4 +201,5 @@ def _row(node: Node, now_s: float) -> NodeRow:
         prefill_tokens_s=status.rates.prefill_tokens_s if status else 0.0,
         decode_tokens_s=status.rates.decode_tokens_s if status else 0.0,
         rtt_ms=None if node.rtt_s is None else round(node.rtt_s * 1000, 3),
+        chains=len(node.chains),
     )

@@ -1,12 +1,12 @@
-"""Which node answers: the nearest that has a free slot.
+"""Which node answers: the nearest that has a free slot, and of equally near ones that which remembers most.
 
 Pure; a decision over `Node`s that are known to be ready. First version: nearness is the link's RTT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from router.fleet import Node
 
@@ -16,17 +16,28 @@ EQUALLY_NEAR_S = 0.001
 SHORT_LINE_PER_SLOT = 1
 
 
+PrefixKeys: TypeAlias = Callable[[str], Sequence[str]]
+"""A conversation's `core.conversation.prefix_keys` under a release; asked only when it can decide."""
+
+
 class Choice(NamedTuple):
     node: Node
     release: str
 
 
-def choose(ready: Iterable[Node], model: str, exclude: Collection[str] = ()) -> Choice | None:
+def no_keys(release: str) -> Sequence[str]:
+    """The `PrefixKeys` of a conversation of which nothing is known."""
+    return ()
+
+
+def choose(
+    ready: Iterable[Node], model: str, exclude: Collection[str] = (), prefix_keys: PrefixKeys = no_keys
+) -> Choice | None:
     """The node for a request of `model` (an alias, or a release named in full), or None.
 
-    Free nodes come first: nearest, then emptiest, then by url, so that an idle fleet answers a
-    conversation always from the same node, whose prefix store has its past. If all are full: the
-    least loaded, while its line is short.
+    Free nodes come first: nearest, then the one whose prefix store holds most of the conversation,
+    then emptiest, then by url. If all are full: the least loaded, while its line is short; what a node
+    remembers is worth a way, never a wait.
     """
     able = [
         Choice(node, release)
@@ -37,7 +48,8 @@ def choose(ready: Iterable[Node], model: str, exclude: Collection[str] = ()) -> 
     if free:
         reach_s = min(_rtt_s(choice) for choice in free) + EQUALLY_NEAR_S
         near = [choice for choice in free if _rtt_s(choice) <= reach_s]
-        return min(near, key=_crowding)
+        # With one node to take there is nothing to ask.
+        return near[0] if len(near) == 1 else min(near, key=lambda choice: _strangeness(choice, prefix_keys))
     queueing = [choice for choice in able if choice.node.occupied < choice.node.slots * (1 + SHORT_LINE_PER_SLOT)]
     return min(queueing, key=_crowding, default=None)
 
@@ -45,6 +57,10 @@ def choose(ready: Iterable[Node], model: str, exclude: Collection[str] = ()) -> 
 def _rtt_s(choice: Choice) -> float:
     """A node that was not measured yet counts as far, not as near."""
     return float("inf") if choice.node.rtt_s is None else choice.node.rtt_s
+
+
+def _strangeness(choice: Choice, prefix_keys: PrefixKeys) -> tuple[int, float, str]:
+    return -choice.node.resident_tokens(prefix_keys(choice.release)), *_crowding(choice)
 
 
 def _crowding(choice: Choice) -> tuple[float, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -143,9 +143,18 @@ class Sessions:
 
     # -- what clients do -----------------------------------------------------------------------
 
-    def start(self, record: RequestRecord, items: list[Item], node: str, reader: Reader, salt: str) -> Running:
+    def start(
+        self,
+        record: RequestRecord,
+        items: list[Item],
+        node: str,
+        reader: Reader,
+        salt: str,
+        prefix_keys: Sequence[str] = (),
+    ) -> Running:
         """Dispatch to a node that was chosen just now; the reader hears of it when the node has answered."""
-        session = Session(record, items, cache_salt=salt, orphan_grace_s=self._orphan_grace_s)
+        grace_s = self._orphan_grace_s
+        session = Session(record, items, cache_salt=salt, orphan_grace_s=grace_s, prefix_keys=prefix_keys)
         running = self._admit(session, reader)
         self._carry_out(running, session.start(node, self._now()))
         return running
@@ -259,7 +268,8 @@ class Sessions:
                     todo.extend(self._send(session, node, frame))
                 case NeedNode(release, exclude):
                     now = self._now()
-                    choice = choose(self._fleet.ready(now.mono_s), release, exclude)
+                    ready = self._fleet.ready(now.mono_s)
+                    choice = choose(ready, release, exclude, lambda _: session.prefix_keys)
                     todo.extend(session.assign(choice.node.url if choice else None, now))
                 case Deliver(events) if todo and isinstance(finished := todo[0], Finished):
                     todo.popleft()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import pytest
 
 from core.frames import PROTOCOL, SPEECH_VERSION, Hello, Rates, Status
-from router.fleet import FORGET_DOWN_AFTER_S, SUSPECT_AFTER_S, Fleet, State
+from router.fleet import FORGET_DOWN_AFTER_S, MAX_CHAINS, SUSPECT_AFTER_S, Fleet, State
 from router.policy import Choice, choose
 
 HELLO = Hello(PROTOCOL, "eu", "i", "europe", ["tiny@0123456789ab"], ["cpu-int8"], 2048, 2, SPEECH_VERSION, 42)
@@ -91,7 +93,41 @@ def test_a_row_shows_what_an_operator_asks_for() -> None:
     (row,) = fleet_of().rows(0.0)
     assert (row.name, row.region, row.release, row.variant) == ("eu", "europe", "tiny@0123456789ab", "cpu-int8")
     assert (row.pid, row.engine_pid, row.state, row.running, row.waiting, row.slots) == (42, 77, "ready", 1, 0, 2)
-    assert row.rtt_ms == 10.0
+    assert (row.rtt_ms, row.chains) == (10.0, 0)
+
+
+def test_what_a_nodes_prefix_store_holds_follows_its_changes() -> None:
+    fleet = fleet_of(status=status(chains=[("a", 64), ("b", 128)]))
+    node = fleet.nodes["ws://eu"]
+    assert [node.resident_tokens(keys) for keys in (["a"], ["a", "b"], ["a", "b", "c"], ["c"], [])] == [
+        64,
+        128,
+        128,
+        0,
+        0,
+    ]
+    fleet.on_status("ws://eu", STATUS, 1.0)
+    assert node.resident_tokens(["a", "b"]) == 128, "a Status says what has changed, not what is"
+    fleet.on_status("ws://eu", status(chains=[("b", 0), ("a", 192), ("never told", 0)]), 2.0)
+    assert node.resident_tokens(["a", "b"]) == 192
+    assert fleet.rows(2.0)[0].chains == 1
+
+
+def test_of_more_chains_than_a_node_may_have_the_oldest_are_forgotten() -> None:
+    fleet = fleet_of(status=status(chains=[(f"{key}", 64) for key in range(MAX_CHAINS)]))
+    fleet.on_status("ws://eu", status(chains=[("0", 128), ("new", 64)]), 1.0)
+    node = fleet.nodes["ws://eu"]
+    assert [node.resident_tokens([key]) for key in ("0", "1", "2", "new")] == [128, 0, 64, 64]
+    assert len(node.chains) == MAX_CHAINS
+
+
+def test_a_lost_link_and_a_new_hello_empty_what_is_known_of_a_nodes_prefix_store() -> None:
+    fleet = fleet_of(status=status(chains=[("a", 64)]))
+    fleet.on_down("ws://eu", 1.0)
+    assert fleet.rows(1.0)[0].chains == 0
+    fleet = fleet_of(status=status(chains=[("a", 64)]))
+    fleet.on_up("ws://eu", HELLO, 1.0)
+    assert fleet.rows(1.0)[0].chains == 0
 
 
 def two(near: Status, far: Status) -> Fleet:
@@ -99,8 +135,10 @@ def two(near: Status, far: Status) -> Fleet:
     return add(fleet, HELLO, far, "ws://far", 0.050)
 
 
-def chosen(fleet: Fleet, model: str = "tiny", exclude: frozenset[str] = frozenset()) -> str | None:
-    choice = choose(fleet.ready(0.0), model, exclude)
+def chosen(
+    fleet: Fleet, model: str = "tiny", exclude: frozenset[str] = frozenset(), keys: Sequence[str] = ()
+) -> str | None:
+    choice = choose(fleet.ready(0.0), model, exclude, lambda release: keys)
     return choice.node.url if choice else None
 
 
@@ -153,3 +191,40 @@ def test_a_node_not_measured_yet_counts_as_far() -> None:
     assert chosen(fleet) == "ws://a"
     add(fleet, HELLO, IDLE, "ws://b", 0.2)
     assert chosen(fleet) == "ws://b"
+
+
+def twins(a: Status, b: Status) -> Fleet:
+    """Two equally near nodes."""
+    return add(add(Fleet(), HELLO, a, "ws://a", 0.010), HELLO, b, "ws://b", 0.010)
+
+
+def test_of_equally_near_nodes_the_one_that_holds_most_of_the_conversation_is_chosen() -> None:
+    fleet = twins(status(running=0, chains=[("k1", 64)]), status(running=1, chains=[("k1", 64), ("k2", 128)]))
+    assert chosen(fleet, keys=["k1", "k2", "k3"]) == "ws://b"
+    assert chosen(fleet, keys=["k1"]) == "ws://a", "as much here as there: the emptier"
+    assert chosen(fleet, keys=["other"]) == "ws://a"
+
+
+def test_a_node_that_holds_the_conversation_is_neither_waited_for_nor_gone_far_for() -> None:
+    holding = [("k1", 640)]
+    assert chosen(twins(IDLE, status(running=2, chains=holding)), keys=["k1"]) == "ws://a"
+    assert chosen(two(IDLE, status(running=0, chains=holding)), keys=["k1"]) == "ws://near"
+    full = twins(status(running=2, waiting=1, chains=holding), FULL)
+    assert chosen(full, keys=["k1"]) == "ws://b"
+
+
+def test_a_conversations_keys_are_asked_for_under_the_release_that_the_node_serves() -> None:
+    newer = msgspec.structs.replace(HELLO, releases=["tiny@ffffffffffff"])
+    keys = {"tiny@0123456789ab": ["old"], "tiny@ffffffffffff": ["new"]}
+    fleet = add(Fleet(), HELLO, status(running=0, chains=[("new", 64)]), "ws://a", 0.010)
+    add(fleet, newer, status(running=0, chains=[("new", 64)]), "ws://b", 0.010)
+    choice = choose(fleet.ready(0.0), "tiny", prefix_keys=keys.__getitem__)
+    assert choice is not None
+    assert choice.node.url == "ws://b"
+
+
+def test_where_there_is_no_choice_no_keys_are_made() -> None:
+    def asked(release: str) -> Sequence[str]:
+        raise AssertionError
+
+    assert choose(two(IDLE, IDLE).ready(0.0), "tiny", prefix_keys=asked) is not None

@@ -10,7 +10,7 @@ from aiohttp import ClientSession
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from tests.router.fakes import BODY, CHAT, FakeRouter, failing, saying
+from tests.router.fakes import BODY, CHAT, FakeRouter, failing, saying, with_key
 
 SDK_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
@@ -80,3 +80,31 @@ async def test_an_id_of_ours_is_echoed_as_the_request_id(http: ClientSession) ->
         assert answer.headers["x-request-id"] == "mine-1"
     async with http.get("/v1/models", headers={"x-request-id": "no such; thing"}) as answer:
         assert answer.headers["x-request-id"].startswith("req_")
+
+
+async def test_a_conversation_returns_to_the_node_that_remembers_it(router: FakeRouter, http: ClientSession) -> None:
+    router.links.node("a", saying("Hi")).come_up()
+    remembering = router.links.node("b", saying("Hi"))
+    remembering.come_up()
+    async with http.post("/v1/responses", json=BODY | {"instructions": "Be brief."}) as answer:
+        first = await answer.json()
+    node, turn = await router.links.generates.get()
+    assert (node.url, len(turn.prefix_keys), len(turn.items)) == ("ws://a:1/link", 2, 2)
+    remembering.status(chains=[(turn.prefix_keys[-1], 64)])
+    again = BODY | {"instructions": "Be brief.", "previous_response_id": first["id"]}
+    async with http.post("/v1/responses", json=again) as answer:
+        assert answer.status == 200
+    node, second = await router.links.generates.get()
+    assert (node.url, second.prefix_keys[:2]) == (remembering.url, turn.prefix_keys)
+    assert len(second.prefix_keys) == len(second.items) == 4
+
+
+async def test_tenants_share_no_prefix_keys(router: FakeRouter) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    keys: list[list[str]] = []
+    async with ClientSession(router.url) as client:
+        for name in ("alice", "bob", "alice"):
+            async with client.post("/v1/responses", json=BODY, headers=with_key(name)) as answer:
+                assert answer.status == 200
+            keys.append((await router.links.generates.get())[1].prefix_keys)
+    assert keys[0] == keys[2] != keys[1]
