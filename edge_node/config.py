@@ -61,7 +61,11 @@ class DiscoverySection(_Section, frozen=True):
 
 
 class EngineSection(_Section, frozen=True):
-    """threads 0: one per core that this process may use. max_stall_ms 0: the engine's own default."""
+    """threads 0: one per core that this process may use. max_stall_ms 0: the engine's own default.
+
+    kv_cache_bytes: prefix blocks beside the slots, which conversations come back to; 0 = nothing is kept.
+    speculation: whether drafts are tried where they pay.
+    """
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
@@ -69,6 +73,8 @@ class EngineSection(_Section, frozen=True):
     context_tokens: Annotated[int, Meta(ge=16, le=1_048_576)] = 4096
     max_waiting: Annotated[int, Meta(ge=0, le=65536)] = 64
     max_stall_ms: Annotated[float, Meta(ge=0.0, le=60_000.0)] = 0.0
+    kv_cache_bytes: Annotated[int, Meta(ge=0, le=1 << 42)] = 1 << 30
+    speculation: bool = True
     spinning: bool = False
     verify: bool = True
 

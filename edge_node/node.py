@@ -196,6 +196,8 @@ class Node:
             context_tokens=self._context_tokens,
             max_waiting=engine.max_waiting,
             max_stall_ms=engine.max_stall_ms,
+            kv_cache_bytes=engine.kv_cache_bytes,
+            speculation=engine.speculation,
             spinning=engine.spinning,
             verify=engine.verify,
         )

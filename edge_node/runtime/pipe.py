@@ -29,6 +29,7 @@ class Load(_Message, frozen=True, tag="load"):
     """First message: what to serve. `release` and `variant` are what the parent has told others.
 
     threads: at least 1. context_tokens: already capped by the release. max_stall_ms: 0 = the engine's default.
+    kv_cache_bytes: memory for prefix blocks, 0 = none.
     """
 
     folder: str
@@ -40,6 +41,8 @@ class Load(_Message, frozen=True, tag="load"):
     context_tokens: int
     max_waiting: int
     max_stall_ms: float
+    kv_cache_bytes: int
+    speculation: bool
     spinning: bool
     verify: bool
 

@@ -246,22 +246,33 @@ def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
     # Imported here, so that a missing package is told to the node like every other reason not to serve.
     from edge_node.engine.engine import Engine, EngineLimits
     from edge_node.engine.speech import open_speech
+    from edge_node.runtime.pools import blocks_within
     from edge_node.runtime.runner import Runner
 
     manifest = release.manifest
     check_servable(manifest, load.device)
     speech = open_speech(manifest, release.read_text)
+    prefix_blocks = blocks_within(manifest.kv, load.kv_cache_bytes)
     limits = EngineLimits(
         slots=load.slots,
         context_tokens=load.context_tokens,
         max_waiting=load.max_waiting,
         max_stall_ms=load.max_stall_ms,
+        prefix_blocks=prefix_blocks,
+        speculation=load.speculation,
     )
     engine = Engine(manifest, speech, limits)
     runner = Runner.open(
-        release.folder, manifest, load.device, load.threads, load.slots, load.context_tokens, load.spinning
+        release.folder,
+        manifest,
+        load.device,
+        load.threads,
+        load.slots,
+        load.context_tokens,
+        load.spinning,
+        prefix_blocks,
     )
-    for plan, result in runner.warm_up():
+    for plan, result in runner.warm_up(load.speculation):
         engine.learn(plan, result)
     return engine, runner
 

@@ -35,6 +35,7 @@ def test_a_key_is_overridden_by_the_environment() -> None:
         (LEAST + "[engine]\nslotz = 4\n", "engine.slotz"),
         (LEAST + "[engine]\nslots = 0\n", "engine.slots"),
         (LEAST + '[engine]\ndevice = "tpu"\n', "engine.device"),
+        (LEAST + "[engine]\nkv_cache_bytes = -1\n", "engine.kv_cache_bytes"),
         (LEAST + '[listen]\nhost = "0.0.0.0"\n', "link.secret_file"),
         (LEAST + '[listen]\ntls_cert = "a.pem"\n', "listen.tls_key"),
         (LEAST + '[link]\nclient_ca = "a.pem"\n', "link.client_ca"),

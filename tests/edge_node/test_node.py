@@ -338,12 +338,20 @@ async def test_what_a_later_engine_cannot_serve_is_tried_again() -> None:
 
 async def test_an_engine_is_told_to_load_what_the_configuration_says() -> None:
     settings = settings_with(
-        engine={"slots": 3, "threads": 2, "max_waiting": 9, "verify": False}, node={"release": "x/y"}
+        engine={
+            "slots": 3,
+            "threads": 2,
+            "max_waiting": 9,
+            "kv_cache_bytes": 5_000_000_000,
+            "speculation": False,
+            "verify": False,
+        },
+        node={"release": "x/y"},
     )
     async with Served(settings) as served:
         await eventually_async(lambda: served.engines.started)
         load = await served.engines.started[0].was_told(Load)
-        assert load == Load("x/y", RELEASE, "test", "cpu", 2, 3, 256, 9, 0.0, False, False)
+        assert load == Load("x/y", RELEASE, "test", "cpu", 2, 3, 256, 9, 0.0, 5_000_000_000, False, False, False)
 
 
 # -- shutting down ---------------------------------------------------------------------------
