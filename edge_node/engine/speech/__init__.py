@@ -15,7 +15,7 @@ from core.frames import Delta
 from core.manifest import Manifest
 from edge_node.engine.speech.chat_template import ChatTemplateSpeech, SpeechError
 from edge_node.engine.speech.harmony import HarmonySpeech
-from edge_node.engine.speech.harmony_render import Rendered
+from edge_node.engine.speech.rendered import Rendered
 from edge_node.engine.speech.setting import PLAIN, Setting
 
 __all__ = [
@@ -76,8 +76,12 @@ class Speech(Protocol):
         """Prompt ids, up to where the answer begins, and at which of them each item ends; raises SpeechError."""
         ...
 
+    def bytes_of(self, token: int) -> bytes:
+        """What an id stands for in the text, special tokens spelled out; b"" for one that is not known."""
+        ...
+
     def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:
-        """A number of ids that `render` cannot stay below, found without encoding anything."""
+        """A number of ids that a prompt cannot stay below, found without encoding anything."""
         ...
 
     def start(self, stop: Sequence[str] = ()) -> Parser:

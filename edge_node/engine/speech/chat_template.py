@@ -10,8 +10,8 @@ Pure: the sandbox has no clock and no randomness. Does not know where the templa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NoReturn
 
 import jinja2
@@ -23,16 +23,16 @@ from core.conversation import Item
 from core.errors import ReleaseError, ServiceError
 from core.frames import Delta, ItemEnd, ItemStart, Text
 from core.manifest import Manifest
+from edge_node.engine.speech.chat_layout import Said, lay_out, placeholder
 from edge_node.engine.speech.detokeniser import Detokeniser, byte_table, drops_first_space
 from edge_node.engine.speech.prompt import PromptEncoder
+from edge_node.engine.speech.rendered import Rendered
 from edge_node.engine.speech.setting import PLAIN, Setting
 from edge_node.engine.speech.stop_strings import StopStrings
 
 # What a template may write around the contents.
 MAX_TEMPLATE_CHARACTERS = 1024 * 1024
 
-_PLACEHOLDER = "\ue000item {}\ue001"
-_PLACEHOLDERS = re.compile("\ue000item ([0-9]+)\ue001")
 _ROLES = {"developer": "system", "tool": "user"}
 
 
@@ -74,20 +74,23 @@ class ChatTemplateSpeech:
         encoder = PromptEncoder(plain, marked, parsed, table)
         return cls(manifest, encoder, table, drops_first_space(parsed), template)
 
-    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
+    @property
+    def closing_ids(self) -> frozenset[int]:
+        return self._stop_ids
+
+    def lay_out(self, items: list[Item], release: str, setting: Setting = PLAIN) -> Rendered:
         """Prompt ids with the generation prompt at the end; raises SpeechError. Such a template knows no settings."""
-        said = [
-            _Said.of(item, item.ids if item.release == release else None) for item in items if item.kind != "reasoning"
-        ]
-        prompt = self._encoder.start()
-        for index, piece in enumerate(_PLACEHOLDERS.split(self._fill([message.role for message in said]))):
-            if index % 2 == 0:
-                prompt.write(piece)
-            elif (ids := said[int(piece)].ids) is not None:
-                prompt.repeat(ids)
-            else:
-                prompt.say(said[int(piece)].text)
-        return prompt.finish()
+        told = [item for item in items if item.kind != "reasoning"]
+        said = [_said(item, item.ids if item.release == release else None) for item in told]
+        text = self._fill([message.role for message in said], True)
+        laid = lay_out(self._encoder, text, said, self._fill_or_none)
+        ends = [0, *laid.ends]
+        count = accumulate(item.kind != "reasoning" for item in items)
+        return Rendered(laid.ids, [ends[number] for number in count])
+
+    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
+        """Prompt ids, up to where the answer begins."""
+        return self.lay_out(items, release, setting).ids
 
     def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:
         """What `PromptEncoder.least` says of each content."""
@@ -101,12 +104,19 @@ class ChatTemplateSpeech:
         detokeniser = Detokeniser(self._table, self._drop_first_space)
         return ChatTemplateParser(detokeniser, self._stop_ids, StopStrings(stop))
 
-    def _fill(self, roles: list[str]) -> str:
-        messages = [{"role": role, "content": _PLACEHOLDER.format(index)} for index, role in enumerate(roles)]
+    def _fill_or_none(self, roles: list[str], answer: bool) -> str | None:
+        try:
+            return self._fill(roles, answer)
+        except SpeechError:
+            return None
+
+    def _fill(self, roles: list[str], answer: bool) -> str:
+        """answer: whether to write what an answer begins with."""
+        messages = [{"role": role, "content": placeholder(index)} for index, role in enumerate(roles)]
         most = MAX_TEMPLATE_CHARACTERS + sum(len(message["content"]) for message in messages)
         written, size = [], 0
         try:
-            for piece in self._template.generate(messages=messages, add_generation_prompt=True, **self._variables):
+            for piece in self._template.generate(messages=messages, add_generation_prompt=answer, **self._variables):
                 size += len(piece)
                 if size > most:
                     raise SpeechError(
@@ -142,6 +152,11 @@ class ChatTemplateParser:
         """A stop id or a stop string was heard."""
         return self._closed or self._stops.found
 
+    @property
+    def answering(self) -> bool:
+        """What it says is all answer."""
+        return not self.stopped
+
     def push(self, token: int, last: bool = False) -> list[Delta]:
         deltas: list[Delta] = [] if self._opened else [ItemStart("message")]
         self._opened = True
@@ -156,21 +171,13 @@ class ChatTemplateParser:
         return deltas
 
 
-class _Said(msgspec.Struct, frozen=True):
-    """One message as the template will see it; ids where this release generated it."""
-
-    role: str
-    text: str
-    ids: list[int] | None
-
-    @classmethod
-    def of(cls, item: Item, ids: list[int] | None) -> _Said:
-        """Calls and their outputs become plain text: a chat template of this kind knows no tools."""
-        match item.kind:
-            case "function_call":
-                return cls("assistant", f"{item.name}({item.text})", ids)
-            case "message" | "reasoning" | "function_call_output":
-                return cls(_ROLES.get(item.role, item.role), item.text, ids)
+def _said(item: Item, ids: list[int] | None) -> Said:
+    """Calls and their outputs become plain text: a chat template of this kind knows no tools."""
+    match item.kind:
+        case "function_call":
+            return Said("assistant", f"{item.name}({item.text})", ids)
+        case "message" | "reasoning" | "function_call_output":
+            return Said(_ROLES.get(item.role, item.role), item.text, ids)
 
 
 class _Refused(Exception):

@@ -20,7 +20,8 @@ from edge_node.engine.speech.harmony_format import Marks
 from edge_node.engine.speech.harmony_history import opening_instructions, said_again
 from edge_node.engine.speech.harmony_parse import HarmonyParser
 from edge_node.engine.speech.harmony_prompt import developer_text
-from edge_node.engine.speech.harmony_render import Rendered, Renderer
+from edge_node.engine.speech.harmony_render import Renderer
+from edge_node.engine.speech.rendered import Rendered
 from edge_node.engine.speech.setting import PLAIN, Setting
 
 
@@ -55,6 +56,11 @@ class HarmonySpeech:
         for text, token in special.items():
             table[token] = text.encode()
         return cls(manifest, tokenizer, table, special)
+
+    @property
+    def closing_ids(self) -> frozenset[int]:
+        """Those that end the response, less the one that ends a call."""
+        return self._stop_ids - {self._marks.call}
 
     def encode(self, text: str) -> list[int]:
         """Plain text: nothing in it is a special token."""

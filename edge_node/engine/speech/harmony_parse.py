@@ -70,6 +70,14 @@ class HarmonyParser:
         """How many ids were content of reasoning."""
         return self._reasoning_tokens
 
+    @property
+    def answering(self) -> bool:
+        """Whether the next id comes in the content of a message that answers.
+
+        Not where words of a header that was none are part of the text: no format holds that began amid a text.
+        """
+        return self._item is not None and self._item.answers and self._item.framed and not self.stopped
+
     def push(self, token: int, last: bool = False) -> list[Delta]:
         """What this id makes the model say; nothing after a stop string."""
         if self._cut:
@@ -121,7 +129,7 @@ class HarmonyParser:
             self._header += _MESSAGE
             return self._give_up(last=last)
         self._header = b""
-        return self._open(item_of(header))
+        return self._open(item_of(header), framed=True)
 
     def _between(self, token: int, last: bool) -> list[Delta]:
         if token == self._marks.start:
@@ -149,8 +157,8 @@ class HarmonyParser:
         heard, self._header = self._header, b""
         return [*self._open(ItemStart("message")), *self._say(heard, last, ends)] if heard else []
 
-    def _open(self, start: ItemStart) -> list[Delta]:
-        self._item = _OpenItem(start, self._stop)
+    def _open(self, start: ItemStart, framed: bool = False) -> list[Delta]:
+        self._item = _OpenItem(start, framed, self._stop)
         return [start]
 
     def _say(self, heard: bytes, last: bool = False, ends: bool = False) -> list[Delta]:
@@ -178,10 +186,12 @@ class HarmonyParser:
 class _OpenItem:
     """The text of an item that is being said. Stop strings are looked for in what is said to the user at the end."""
 
-    def __init__(self, start: ItemStart, stop: Sequence[str]) -> None:
+    def __init__(self, start: ItemStart, framed: bool, stop: Sequence[str]) -> None:
+        """framed: a header was understood, so that all of the text is content."""
         self.start = start
-        answers = start.kind == "message" and start.phase != "commentary"
-        self._stops = StopStrings(stop if answers else ())
+        self.framed = framed
+        self.answers = start.kind == "message" and start.phase != "commentary"
+        self._stops = StopStrings(stop if self.answers else ())
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     @property

@@ -15,7 +15,6 @@ Does not know where a tokenizer comes from.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from core.conversation import Item
@@ -31,24 +30,13 @@ from edge_node.engine.speech.harmony_format import (
 )
 from edge_node.engine.speech.harmony_history import instructs, opening_instructions, said_again
 from edge_node.engine.speech.harmony_prompt import developer_text, instructions_section, system_text
+from edge_node.engine.speech.rendered import Rendered
 from edge_node.engine.speech.setting import Setting
 
 Encode: TypeAlias = Callable[[str], list[int]]
 
 UNKNOWN_FUNCTION = "unknown"
 """Who answered, when the call that an output names is not in the conversation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """Prompt ids; `ends[i]` is how many of them there are when item i has been said.
-
-    An item that is not said again ends where the one before it does; instructions that open the conversation
-    share one message and end together with it.
-    """
-
-    ids: list[int]
-    ends: list[int]
 
 
 class Renderer:
@@ -67,7 +55,9 @@ class Renderer:
         self._to_assistant = encode(f" to={ASSISTANT}")
 
     def render(self, items: list[Item], release: str, setting: Setting) -> Rendered:
-        """The whole prompt, up to where the answer begins."""
+        """The whole prompt, up to where the answer begins. Instructions that open the conversation share one message
+        and end together with it.
+        """
         opening = opening_instructions(items)
         ids = self._message("system", system_text(setting))
         if told := developer_text([item.text for item in items[:opening]], setting):

@@ -50,7 +50,7 @@ class PromptEncoder:
 
     def start(self) -> Prompt:
         """A prompt without any ids yet."""
-        return Prompt(self)
+        return Prompt(self, [])
 
     def begins_with_space(self, token: int) -> bool:
         """Ids beyond the tokenizer have no text."""
@@ -68,10 +68,23 @@ class PromptEncoder:
 class Prompt:
     """Ids so far. `_waiting`: spaces that the next part will begin with."""
 
-    def __init__(self, encoder: PromptEncoder) -> None:
+    def __init__(self, encoder: PromptEncoder, ids: list[int], waiting: str = "") -> None:
         self._encoder = encoder
-        self._ids: list[int] = []
-        self._waiting = ""
+        self._ids = ids
+        self._waiting = waiting
+
+    @property
+    def count(self) -> int:
+        """How many ids are certain: waiting spaces may yet become part of what follows them."""
+        return len(self._ids)
+
+    def ids_from(self, start: int) -> list[int]:
+        """Those that are certain, from this one on."""
+        return self._ids[start:]
+
+    def branch(self) -> Prompt:
+        """One that goes on as this one would, without the ids before its last."""
+        return Prompt(self._encoder, self._ids[-1:], self._waiting)
 
     def write(self, words: str) -> None:
         """The template's own words, in which special tokens are recognised."""
