@@ -286,10 +286,11 @@ def call_id(function_call_id: str) -> str:
     return "call_" + function_call_id.removeprefix("fc_")
 
 
-def output_items(record: RequestRecord, ids: list[int], deltas: list[list[Delta]]) -> list[Item]:
-    """A finished response's output as conversation items, with the ids that made each.
+def output_items(response_id: str, release: str, ids: list[int], deltas: list[list[Delta]]) -> list[Item]:
+    """What was said, `deltas[i]` with `ids[i]`, as items of the conversation that goes on from here.
 
-    An id that carries ItemEnd is the item's terminator and belongs to no item.
+    An item's ids are all since the previous item's end: the header that the model wrote is among them, its
+    terminator (the id that carries ItemEnd) is not. What comes after the last item belongs to none.
     """
     items: list[Item] = []
     start: ItemStart | None = None
@@ -298,27 +299,28 @@ def output_items(record: RequestRecord, ids: list[int], deltas: list[list[Delta]
 
     def finish() -> None:
         if start is not None:
-            call = call_id(item_id(record.id, start.kind, len(items))) if start.kind == "function_call" else ""
-            text = "".join(texts)
-            items.append(Item(start.kind, "assistant", text, own, record.release, start.name, call, start.phase))
+            call = call_id(item_id(response_id, start.kind, len(items))) if start.kind == "function_call" else ""
+            items.append(Item(start.kind, "assistant", "".join(texts), own, release, start.name, call, start.phase))
 
     for token, said in zip(ids, deltas, strict=True):
         ended = False
         for delta in said:
             match delta:
                 case ItemStart():
-                    finish()
-                    start, own, texts = delta, [], []
+                    if start is not None:
+                        finish()
+                        own = []
+                    start, texts = delta, []
                 case Text(text) | Arguments(text):
                     if start is None:  # as in StreamLog: what is said without an item is a message
-                        start, own, texts = ItemStart("message"), [], []
+                        start, texts = ItemStart("message"), []
                     texts.append(text)
                 case ItemEnd():
                     finish()
-                    start, ended = None, True
+                    start, own, ended = None, [], True
                 case Logprobs():
                     pass
-        if start is not None and not ended:
+        if not ended:
             own.append(token)
     finish()
     return items

@@ -84,7 +84,7 @@ class PlainConnection:
             response = await reader.stored()
         finally:
             self._context.sessions.leave(running, reader)
-        said = output_items(response.record, response.ids, response.deltas)
+        said = output_items(response.record.id, response.record.release, response.ids, response.deltas)
         self._history += [*call.request.input, *said]
         return "".join(item.text for item in said if item.kind == "message")
 

@@ -39,6 +39,7 @@ SDK_MODELS: dict[str, type[BaseModel]] = {
 # The API's reference has it and earlier SDKs required it; the installed one ignores it.
 BEYOND_THE_SDK = {"response.function_call_arguments.done": {"name"}}
 TERMINAL = {"response.completed", "response.incomplete", "response.failed"}
+RESPONSE, RELEASE = "resp_r1_abc", "m@0"
 USAGE = Usage(11, 8, 3, 1)
 COMPLETED = EndRecord(status="completed", completed_at=1_700_000_009, usage=USAGE)
 ENDS = [
@@ -70,7 +71,7 @@ def record(reasoning: dict[str, Any] | None = None) -> RequestRecord:
         tools=[{"type": "function", "name": "look_up", "parameters": {"type": "object"}, "strict": False}],
         metadata={"k": "v"},
     )
-    return RequestRecord(id="resp_r1_abc", tenant="t", created_at=1_700_000_000, seed=1, release="m@0", request=request)
+    return RequestRecord(id=RESPONSE, tenant="t", created_at=1_700_000_000, seed=1, release=RELEASE, request=request)
 
 
 def log_of(said: Said, end: EndRecord = COMPLETED, reasoning: dict[str, Any] | None = None) -> list[Event]:
@@ -142,7 +143,7 @@ def test_nothing_that_was_said_is_lost(said: Said) -> None:
     spoken = "".join(delta.text for deltas in said for delta in deltas if isinstance(delta, Text | Arguments))
     (final,) = (event for event in log_of(said) if event["type"] in TERMINAL)
     in_log = "".join(item.get("arguments", "") + _content(item) for item in final["response"]["output"])
-    in_items = "".join(item.text for item in output_items(record(), list(range(len(said))), said))
+    in_items = "".join(item.text for item in output_items(RESPONSE, RELEASE, list(range(len(said))), said))
     assert in_log == in_items == spoken
 
 
@@ -153,7 +154,7 @@ def _content(item: dict[str, Any]) -> str:
 @given(said=SAID)
 def test_items_for_the_next_turn_are_those_that_the_client_saw(said: Said) -> None:
     (final,) = (event for event in log_of(said) if event["type"] in TERMINAL)
-    ours = output_items(record(), list(range(len(said))), said)
+    ours = output_items(RESPONSE, RELEASE, list(range(len(said))), said)
     seen = parse_input(final["response"]["output"])
     # What a client sends back lacks only what it never had: the ids and the release that made them.
     assert [msgspec.structs.replace(item, ids=None, release="", phase="") for item in ours] == [
@@ -268,7 +269,7 @@ def test_usage_says_what_came_from_the_cache() -> None:
 
 def test_the_ids_of_an_item_leave_out_its_terminator() -> None:
     said = [*REASONING, *MESSAGE, *CALL]
-    items = output_items(record(), list(range(100, 100 + len(said))), said)
+    items = output_items(RESPONSE, RELEASE, list(range(100, 100 + len(said))), said)
     assert items == [
         Item("reasoning", "assistant", "Let me see.", [100, 101], "m@0"),
         Item("message", "assistant", "Hello!", [103, 104, 105, 106], "m@0"),
@@ -276,15 +277,49 @@ def test_the_ids_of_an_item_leave_out_its_terminator() -> None:
     ]
 
 
+def test_the_header_that_was_generated_before_an_item_is_among_its_ids() -> None:
+    said: Said = [
+        [],
+        [],
+        [ItemStart("reasoning")],
+        [Text("hm")],
+        [ItemEnd()],
+        [],
+        [ItemStart("message"), Text("a")],
+        [],
+    ]
+    items = output_items(RESPONSE, RELEASE, list(range(1, 9)), said)
+    assert [(item.kind, item.ids) for item in items] == [("reasoning", [1, 2, 3, 4]), ("message", [6, 7, 8])]
+
+
+def test_ids_after_the_last_item_belong_to_none() -> None:
+    said: Said = [[ItemStart("message"), Text("a")], [ItemEnd()], [], []]
+    assert [item.ids for item in output_items(RESPONSE, RELEASE, [1, 2, 3, 4], said)] == [[1]]
+
+
+@given(said=SAID)
+def test_an_id_that_says_something_belongs_to_one_item_unless_it_ends_one(said: Said) -> None:
+    ids = list(range(len(said)))
+    kept = [token for item in output_items(RESPONSE, RELEASE, ids, said) for token in item.ids or []]
+    terminators = {token for token in ids if ItemEnd() in said[token]}
+    saying = {token for token in ids if any(isinstance(delta, ItemStart | Text | Arguments) for delta in said[token])}
+    assert kept == sorted(set(kept))
+    assert terminators.isdisjoint(kept)
+    assert saying - terminators <= set(kept)
+
+
 def test_an_item_cut_off_by_the_limit_keeps_all_its_ids() -> None:
-    (item,) = output_items(record(), [7, 8], [[ItemStart("message", "final_answer"), Text("a")], [Text("b")]])
+    (item,) = output_items(RESPONSE, RELEASE, [7, 8], [[ItemStart("message", "final_answer"), Text("a")], [Text("b")]])
     assert (item.text, item.ids, item.phase) == ("ab", [7, 8], "final_answer")
 
 
 def test_text_outside_any_item_is_a_message_in_the_log_and_in_the_items() -> None:
     said: Said = [[Text("a")], [ItemEnd()], [Text("b")]]
     assert [_content(item) for item in log_of(said)[-1]["response"]["output"]] == ["a", "b"]
-    assert [(item.text, item.ids) for item in output_items(record(), [1, 2, 3], said)] == [("a", [1]), ("b", [3])]
+    assert [(item.text, item.ids) for item in output_items(RESPONSE, RELEASE, [1, 2, 3], said)] == [
+        ("a", [1]),
+        ("b", [3]),
+    ]
 
 
 @pytest.mark.parametrize(("kind", "id_"), [("message", "msg"), ("reasoning", "rs"), ("function_call", "fc")])

@@ -11,7 +11,7 @@ import msgspec
 
 from core.conversation import Item
 from core.frames import Arguments, Delta, ItemEnd, ItemStart, Text
-from core.stream import Request, RequestRecord, output_items
+from core.stream import output_items
 from edge_node.engine.speech.harmony import HarmonySpeech
 from tests.fakes import fake_manifest
 from tests.tools.gpt_oss_tokenizer import write_tiny
@@ -79,9 +79,7 @@ def joined(deltas: list[list[Delta]]) -> list[tuple[str, str, str, str]]:
 
 def stored(ids: list[int], deltas: list[list[Delta]], release: str = RELEASE) -> list[Item]:
     """The items of an answer as the router keeps them, with the ids that made each."""
-    request = Request(model="m", input=[], temperature=1.0, top_p=1.0)
-    record = RequestRecord(id="resp_a_b", tenant="t", created_at=0, seed=0, release=release, request=request)
-    return output_items(record, ids, deltas)
+    return output_items("resp_a_b", release, ids, deltas)
 
 
 def check_one_text_an_id(deltas: list[list[Delta]]) -> None:
