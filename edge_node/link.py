@@ -55,7 +55,9 @@ class NodeSide(Protocol):
 
     def hello(self) -> Hello: ...
 
-    def status(self, echo: int = 0) -> Status: ...
+    def first_status(self) -> Status: ...
+
+    def echo(self, nonce: int) -> Status: ...
 
     def facts(self) -> admin.Facts: ...
 
@@ -143,7 +145,7 @@ class LinkServer:
             hello = await self._greet(connection)
             self._links[link] = connection
             log.info("link_up link=%d router=%s instance=%s peer=%s", link, hello.name, hello.instance, peer)
-            self.send(link, [self._node.status()])
+            self.send(link, [self._node.first_status()])
             while True:
                 self._on_frame(link, await _receive(connection))
         except _Refused as error:
@@ -180,7 +182,7 @@ class LinkServer:
             case Cancel():
                 self._node.on_cancel(link, frame)
             case Ping():
-                self.send(link, [self._node.status(frame.nonce)])
+                self.send(link, [self._node.echo(frame.nonce)])
             case Hello():
                 raise _Refused(CloseCode.PROTOCOL_ERROR, "A router says Hello once.")
 

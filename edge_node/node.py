@@ -14,7 +14,7 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias, assert_never
 
 from core.errors import EdgechatError
@@ -34,8 +34,9 @@ from edge_node.admin import Facts
 from edge_node.config import EdgeSettings, advertised
 from edge_node.link import LinkServer
 from edge_node.registry import Registry, Service
+from edge_node.residents import ResidentTable
 from edge_node.runtime.child import EngineProcess
-from edge_node.runtime.pipe import Beat, Fatal, Load, Loaded, Outputs, ToParent
+from edge_node.runtime.pipe import Beat, Fatal, Load, Loaded, Outputs, Residents, ToParent
 from edge_node.supervision import Patience, Supervisor
 from edge_node.switchboard import LinkId, StreamFrame, Switchboard
 
@@ -58,6 +59,7 @@ class Node:
         self._context_tokens = min(settings.engine.context_tokens, manifest.context_tokens)
         self._supervisor = Supervisor(Patience(settings.node.load_s, settings.node.hang_s), time.monotonic())
         self._streams = Switchboard()
+        self._residents = ResidentTable()
         self._links = LinkServer(
             self,
             secret,
@@ -107,7 +109,7 @@ class Node:
         drain_s = self._settings.node.drain_s
         log.info("draining streams=%d drain_s=%g", len(self._streams), drain_s)
         self._draining = True
-        self._links.send_all(self.status())
+        self._tell_all()
         self._links.send_all(Drain(drain_s))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
@@ -159,11 +161,13 @@ class Node:
             case Outputs():
                 self._output_tokens += sum(len(row.ids) for row in message.rows)
                 self._send(self._streams.route(message))
+            case Residents(chains):
+                self._residents.update(chains)
             case Loaded(load_s):
                 self._ever_ready = True
                 self._supervisor.loaded(now_s)
                 log.info("engine_ready load_s=%.2f", load_s)
-                self._links.send_all(self.status())
+                self._tell_all()
             case Fatal(code, sentence):
                 if not self._ever_ready:
                     error = EdgechatError(sentence)
@@ -178,11 +182,12 @@ class Node:
         self._engine = None
         self._steps_before += self._supervisor.step
         self._supervisor.ended(time.monotonic())
+        self._residents.clear()
         if len(self._streams):
             log.warning("streams_lost count=%d", len(self._streams))
         sentence = f"The engine of node {self._name!r} stopped while it was answering; send the request again."
         self._send(self._streams.fail_all("engine_lost", sentence))
-        self._links.send_all(self.status())
+        self._tell_all()
 
     def _load(self) -> Load:
         engine = self._settings.engine
@@ -202,6 +207,9 @@ class Node:
             verify=engine.verify,
         )
 
+    def _tell_all(self) -> None:
+        self._links.send_all(self._status(self._residents.news()))
+
     async def _keep_telling(self) -> None:
         """Every STATUS_S: tell the routers how this node is, and kill an engine process that hangs."""
         while True:
@@ -209,7 +217,7 @@ class Node:
             if why is not None and self._engine is not None:
                 log.error("engine_killed pid=%d why=%r", self._engine.pid, why)
                 self._engine.kill()
-            self._links.send_all(self.status())
+            self._tell_all()
             await asyncio.sleep(STATUS_S)
 
     # -- what routers ask ------------------------------------------------------------------------
@@ -272,7 +280,15 @@ class Node:
             pid=os.getpid(),
         )
 
-    def status(self, echo: int = 0) -> Status:
+    def first_status(self) -> Status:
+        """For a link that knows nothing yet."""
+        return self._status(chains=self._residents.told())
+
+    def echo(self, nonce: int) -> Status:
+        """The answer to a Ping."""
+        return self._status(echo=nonce)
+
+    def _status(self, chains: Sequence[tuple[str, int]] = (), echo: int = 0) -> Status:
         """load counts what was admitted, so it is right at once; running and waiting are the last beat's."""
         supervisor = self._supervisor
         return Status(
@@ -280,7 +296,7 @@ class Node:
             running=supervisor.running,
             waiting=supervisor.waiting,
             rates=supervisor.rates,
-            chains=[],
+            chains=list(chains),
             vouched=supervisor.vouched(time.monotonic()),
             draining=self._draining,
             state=supervisor.state,

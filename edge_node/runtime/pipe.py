@@ -82,6 +82,12 @@ class Outputs(_Message, frozen=True, tag="outputs"):
     after: list[Done | Failed]
 
 
+class Residents(_Message, frozen=True, tag="residents"):
+    """What has changed in the prefix store: (prefix key, resident tokens), 0 = gone. A new child holds nothing."""
+
+    chains: list[tuple[str, int]]
+
+
 class Fatal(_Message, frozen=True, tag="fatal"):
     """The child cannot serve and ends; `message` is one sentence for a person."""
 
@@ -89,7 +95,7 @@ class Fatal(_Message, frozen=True, tag="fatal"):
     message: str
 
 
-ToParent: TypeAlias = Loaded | Beat | Outputs | Fatal
+ToParent: TypeAlias = Loaded | Beat | Outputs | Residents | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 _to_child: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild)

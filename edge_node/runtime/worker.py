@@ -37,6 +37,7 @@ from edge_node.runtime.pipe import (
     Fatal,
     Load,
     Loaded,
+    Residents,
     ToChild,
     ToParent,
     body_bytes,
@@ -56,6 +57,8 @@ BEAT_S = 0.2
 INBOX_MESSAGES = 1024
 # How long messages may be looked at between two steps.
 TAKE_S = 0.05
+# How long changes of the prefix store may wait while the engine is busy; the node sends a Status no oftener.
+RESIDENTS_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
 
@@ -125,6 +128,7 @@ class Stepper:
         self._pipe = pipe
         self._inbox = inbox
         self._steps = 0
+        self._told_residents_s = 0.0
 
     def run_forever(self) -> None:
         while True:
@@ -135,6 +139,7 @@ class Stepper:
     def _wait_for_work(self) -> None:
         """The engine has nothing to do: block until a message comes."""
         self._engine.check_invariants()
+        self._tell_residents(time.monotonic())
         self._publish(None)
         self._take(self._inbox.get())
         self._take_waiting()
@@ -169,8 +174,16 @@ class Stepper:
         self._steps += 1
         self._publish(now_s, plan.predicted_s)
         result = self._runner.run(plan)
-        self._give(self._engine.commit(plan, result, time.monotonic()))
+        done_s = time.monotonic()
+        self._give(self._engine.commit(plan, result, done_s))
+        if done_s >= self._told_residents_s + RESIDENTS_S:
+            self._tell_residents(done_s)
         return True
+
+    def _tell_residents(self, now_s: float) -> None:
+        self._told_residents_s = now_s
+        if chains := self._engine.take_chains():
+            self._pipe.send(Residents(chains))
 
     def _publish(self, started_s: float | None, predicted_s: float = 0.0) -> None:
         engine = self._engine
