@@ -35,7 +35,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 # How far below the best logit to look for the ids that top-p keeps, in units of the temperature.
 # On SmolLM2 at top-p 0.95 the first suffices for 100 % of rows at temperature 0.7, 86 % at 1.
-_DEPTHS = (8.0, 16.0, math.inf)
+_DEPTHS = (8.0, 12.0, 16.0, math.inf)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -99,7 +99,9 @@ def _kept(row: Logits, best: np.float32, sampling: Sampling) -> Logits:
     to rank the logits above a floor: of top-k, of min-p, or deep enough to hold the mass that top-p wants.
     """
     # min-p in logits: weight >= min_p of the best's weight, which is 1.
-    lowest = float(best) + sampling.temperature * math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
+    lowest = (
+        float(best) + sampling.temperature * math.log(min(sampling.min_p, 1.0)) if sampling.min_p > 0 else -math.inf
+    )
     if sampling.top_k > 0:
         ranked = descending(row, floor_of_best(row, sampling.top_k))[: sampling.top_k]
         if sampling.top_p < 1:
