@@ -70,7 +70,7 @@ class Geometry:
         return self.kv.bytes_per_token * (self.slots * self.context_tokens + self.blocks * BLOCK_TOKENS)
 
     def check(self, copy: Copy) -> None:
-        """Raise ValueError for a copy beyond a pool, which on a device would overwrite something else."""
+        """Raise ValueError for a copy beyond a pool, where a device holds something else, or of a slot onto itself."""
         blocks: list[int] = []
         match copy:
             case Move(source, target, tokens):
@@ -80,9 +80,9 @@ class Geometry:
             case Save(slot, first, blocks):
                 slots, end = [slot], (first + len(blocks)) * BLOCK_TOKENS if first >= 0 else -1
         inside = all(0 <= slot < self.slots for slot in slots) and all(0 <= block < self.blocks for block in blocks)
-        if not (inside and 0 <= end <= self.context_tokens):
+        if not (inside and 0 <= end <= self.context_tokens and len(set(slots)) == len(slots)):
             raise ValueError(
-                f"{copy} leaves the pools of {self.slots} slots of {self.context_tokens} positions and "
+                f"{copy} does not fit the pools of {self.slots} slots of {self.context_tokens} positions and "
                 f"{self.blocks} blocks; please report this."
             )
 
