@@ -19,10 +19,6 @@ class ResidentTable:
         self._tokens: dict[str, int] = {}
         self._told: dict[str, int] = {}
 
-    def __len__(self) -> int:
-        """Prefix keys of which something is resident."""
-        return len(self._tokens)
-
     def update(self, changes: Iterable[tuple[str, int]]) -> None:
         """(prefix key, resident tokens) that have changed; 0 = gone."""
         for key, tokens in changes:

@@ -168,6 +168,7 @@ class Stepper:
     def _step(self) -> bool:
         """Plan, run and commit one step; False when there is none."""
         now_s = time.monotonic()
+        self._give(self._engine.expire(now_s))
         plan = self._engine.plan(now_s)
         if plan is None:
             return False

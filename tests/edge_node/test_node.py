@@ -32,7 +32,7 @@ from core.frames import (
 )
 from edge_node.__main__ import _tls
 from edge_node.config import ListenSection
-from edge_node.runtime.pipe import Fatal, Load, Outputs, outputs
+from edge_node.runtime.pipe import Fatal, Load, Outputs, Residents, outputs
 from tests.e2e.waiting import Answer, eventually_async, http
 from tests.edge_node.fake_engine import HOST, RELEASE, RouterLink, Served, dial, generate, open_link, row, settings_with
 
@@ -197,6 +197,46 @@ async def test_load_counts_a_request_as_soon_as_it_is_admitted() -> None:
         await link.send(generate("s"))
         await link.send(Ping(1))
         assert (await status_with_echo(link, 1)).load == 0.25
+
+
+async def chains_told(link: RouterLink) -> list[tuple[str, int]]:
+    """What the next Status says that says anything of the prefix store."""
+    while not (status := await link.receive(Status)).chains:
+        pass
+    return status.chains
+
+
+async def test_all_links_hear_what_changes_in_the_prefix_store_and_a_new_one_what_the_others_know() -> None:
+    async with Served(settings_with()) as served, dial(served.port) as old:
+        engine = await served.engines.ready()
+        engine.say(Residents([("a", 64), ("b", 128)]))
+        assert await chains_told(old) == [("a", 64), ("b", 128)]
+        async with dial(served.port) as new:
+            assert (await new.receive(Status)).chains == [("a", 64), ("b", 128)]
+            engine.say(Residents([("b", 64)]), Residents([("a", 0), ("c", 64)]))
+            changes: dict[str, int] = {}
+            while len(changes) < 3:  # one Status or two
+                changes |= await chains_told(new)
+            assert changes == {"a": 0, "b": 64, "c": 64}
+            assert dict(await chains_told(old)).items() <= changes.items()
+
+
+async def test_the_answer_to_a_ping_says_nothing_of_the_prefix_store() -> None:
+    async with Served(settings_with()) as served, dial(served.port) as link:
+        engine = await served.engines.ready()
+        for nonce in range(1, 20):
+            engine.say(Residents([(f"key {nonce}", 64)]))
+            await link.send(Ping(nonce))
+            assert (await status_with_echo(link, nonce)).chains == []
+
+
+async def test_the_prefix_store_ends_with_its_engine_process() -> None:
+    async with Served(settings_with()) as served, dial(served.port) as link:
+        engine = await served.engines.ready()
+        engine.say(Residents([("a", 64)]))
+        assert await chains_told(link) == [("a", 64)]
+        engine.die()
+        assert await chains_told(link) == [("a", 0)]
 
 
 # -- streams ---------------------------------------------------------------------------------

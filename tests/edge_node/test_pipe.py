@@ -7,7 +7,7 @@ import pytest
 from core.errors import FrameError
 from core.frames import Cancel, Rates
 from edge_node.runtime import pipe
-from edge_node.runtime.pipe import Beat, Fatal, Load, Loaded, ToChild, ToParent, outputs
+from edge_node.runtime.pipe import Beat, Fatal, Load, Loaded, Residents, ToChild, ToParent, outputs
 from edge_node.runtime.worker import Pipe, Pulse
 from tests.edge_node.fake_engine import IDLE, generate, row
 
@@ -21,7 +21,10 @@ def test_what_the_node_says_arrives_as_it_was_said(message: ToChild) -> None:
     assert pipe.decode_to_child(data[pipe.HEADER_BYTES :]) == message
 
 
-@pytest.mark.parametrize("message", [Loaded(1.5), IDLE, outputs([row("s", 0)]), Fatal("release_invalid", "No.")])
+@pytest.mark.parametrize(
+    "message",
+    [Loaded(1.5), IDLE, outputs([row("s", 0)]), Residents([("key", 64)]), Fatal("release_invalid", "No.")],
+)
 def test_what_the_engine_says_arrives_as_it_was_said(message: ToParent) -> None:
     assert pipe.decode_to_parent(pipe.encode(message)[pipe.HEADER_BYTES :]) == message
 

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
-from core.frames import Cancel, Done, Generate
+from core.frames import Cancel, Done, Failed, Generate
 from edge_node.engine.engine import Engine, EngineLimits
 from edge_node.engine.step import StepPlan, StepResult
 from edge_node.runtime import pipe
-from edge_node.runtime.pipe import Beat, Outputs, ToChild
+from edge_node.runtime.pipe import Beat, Outputs, Residents, ToChild
 from edge_node.runtime.worker import Pipe, Stepper
 from tests.e2e.waiting import eventually
 from tests.fakes import FakeRunner, FakeSpeech, fake_manifest, generate
@@ -25,8 +26,8 @@ PATIENCE_S = 30.0
 class GatedRunner(FakeRunner):
     """Runs a step only while its gate is open."""
 
-    def __init__(self, slots: int, context_tokens: int) -> None:
-        super().__init__(slots, context_tokens)
+    def __init__(self, slots: int, context_tokens: int, blocks: int) -> None:
+        super().__init__(slots, context_tokens, blocks)
         self.gate = threading.Event()
         self.gate.set()
 
@@ -36,13 +37,15 @@ class GatedRunner(FakeRunner):
 
 
 class Bench:
-    """A stepper in a thread, and the node's end of its pipe."""
+    """A stepper in a thread, and the node's end of its pipe. resident: what it was told of the prefix store."""
 
     def __init__(self, node: socket.socket, child: socket.socket) -> None:
         node.settimeout(PATIENCE_S)
-        self.runner = GatedRunner(2, 64)
+        self.resident: dict[str, int] = {}
+        self.runner = GatedRunner(2, 256, 4)
         self.inbox: queue.Queue[ToChild] = queue.Queue()
-        engine = Engine(fake_manifest(), FakeSpeech(), EngineLimits(slots=2, context_tokens=64, max_waiting=4))
+        limits = EngineLimits(slots=2, context_tokens=256, max_waiting=4, prefix_blocks=4)
+        engine = Engine(fake_manifest(), FakeSpeech(), limits)
         self.stepper = Stepper(engine, self.runner, Pipe(child), self.inbox)
         self.thread = threading.Thread(target=self.stepper.run_forever, daemon=True)
         self.thread.start()
@@ -53,9 +56,21 @@ class Bench:
             self.inbox.put(message)
 
     def hear(self) -> Outputs:
+        while not isinstance(message := self._next(), Outputs):
+            pass
+        return message
+
+    def hear_of(self, key: str) -> None:
+        """Listen until it is said how much of `key` is resident."""
+        while key not in self.resident:
+            self._next()
+
+    def _next(self) -> Outputs | Residents:
         length = pipe.body_bytes(self._node.read(pipe.HEADER_BYTES))
         message = pipe.decode_to_parent(self._node.read(length))
-        assert isinstance(message, Outputs)
+        assert isinstance(message, Outputs | Residents)
+        if isinstance(message, Residents):
+            self.resident.update(message.chains)
         return message
 
     def beat(self) -> Beat:
@@ -138,3 +153,39 @@ def test_requests_that_take_long_to_accept_do_not_hold_up_who_is_being_answered(
     assert len(set(accepted_after)) == 4, "each is looked at after another step"
     assert bench.end_of("a")["a"] in {"stop", "length"}
     eventually(lambda: bench.beat().age_s < 0)
+
+
+def test_what_has_passed_its_deadline_ends_before_the_next_step(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    bench.tell(generate("a", most=16, deadline_s=0.01))
+    eventually(lambda: bench.beat().step == 1 and bench.beat().age_s > 0.01)
+    bench.runner.gate.set()
+    ends: list[Done | Failed] = []
+    while not ends:
+        ends += bench.hear().after
+    assert [(end.stream, isinstance(end, Failed)) for end in ends] == [("a", True)]
+    eventually(lambda: bench.beat().age_s < 0 and bench.beat().running == 0)
+
+
+def conversation(stream: str) -> Generate:
+    """130 ids, of which two whole blocks are kept."""
+    request = generate(stream, "a" * 130, most=4)
+    return msgspec.structs.replace(request, prefix_keys=["key"])
+
+
+def test_what_becomes_resident_is_told_while_the_engine_is_busy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_node.runtime.worker.RESIDENTS_S", 0.0)
+    bench.tell(conversation("a"))
+    bench.end_of("a")
+    assert bench.resident["key"] == 128
+
+
+def test_what_became_resident_is_told_at_the_latest_when_the_engine_rests(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_node.runtime.worker.RESIDENTS_S", float("inf"))
+    bench.tell(conversation("a"))
+    bench.end_of("a")
+    assert bench.resident == {}
+    bench.hear_of("key")
+    assert bench.resident["key"] == 128
