@@ -78,6 +78,11 @@ class ChatTemplateSpeech:
     def closing_ids(self) -> frozenset[int]:
         return self._stop_ids
 
+    def bytes_of(self, token: int) -> bytes:
+        """The table has none for special tokens: in an answer they are no text."""
+        known = 0 <= token < len(self._table)
+        return self._table[token] or _token(self._encoder.marked, token).encode() if known else b""
+
     def lay_out(self, items: list[Item], release: str, setting: Setting = PLAIN) -> Rendered:
         """Prompt ids with the generation prompt at the end; raises SpeechError. Such a template knows no settings."""
         told = [item for item in items if item.kind != "reasoning"]

@@ -71,6 +71,9 @@ class HarmonySpeech:
         """Prompt ids, up to where the answer begins."""
         return self.lay_out(items, release, setting).ids
 
+    def bytes_of(self, token: int) -> bytes:
+        return self.table[token] if 0 <= token < len(self.table) else b""
+
     def lay_out(self, items: list[Item], release: str, setting: Setting = PLAIN) -> Rendered:
         """The prompt, and at which token each item ends."""
         return self._renderer.render(items, release, setting)
