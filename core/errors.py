@@ -12,11 +12,13 @@
         NotAuthorised                 invalid_api_key         401
         Forbidden                     forbidden               403
         NotImplementedYet             not_implemented         501
+        UnsupportedParameter          unsupported_parameter   400
       ServiceError                    server_error            500: not the client's fault
         NoNodeAvailable               no_node_available       503, retryable
         NodeLost                      node_lost               502, retryable
         Overloaded                    overloaded              503, retryable
         StoreUnavailable              store_unavailable       503, retryable
+        DeadlineExceeded              deadline_exceeded       504
 
 Every message is one sentence that says what happened, where, and what to do.
 This module does not know how an error travels; `router/api` and the link translate.
@@ -133,6 +135,12 @@ class NotImplementedYet(RequestError):
         super().__init__(f"{what} is not implemented yet.")
 
 
+class UnsupportedParameter(RequestError):
+    """What is asked for is known, but the model or the node that would answer cannot do it: the message says what."""
+
+    code = "unsupported_parameter"
+
+
 class ServiceError(EdgechatError):
     """Something on our side failed; the client did nothing wrong."""
 
@@ -173,3 +181,13 @@ class StoreUnavailable(ServiceError):
     code = "store_unavailable"
     status = 503
     retryable = True
+
+
+class DeadlineExceeded(ServiceError):
+    """The client said how long its answer is of use to it. Not retryable: another node has no more time either."""
+
+    code = "deadline_exceeded"
+    status = 504
+
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(f"The answer was not complete within the {deadline_s:g} s that it was given; allow more time.")

@@ -26,7 +26,11 @@ Status: TypeAlias = Literal["completed", "incomplete", "failed", "cancelled"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """The effective request: what the client asked for, defaults filled in; echoed in `response`."""
+    """The effective request: what the client asked for, defaults filled in; echoed in `response`.
+
+    logprobs: whether messages come with them; top_logprobs: how many alternatives each names. exact: no speculation.
+    deadline_s: from the request's arrival to its last id, 0 = none. tool_choice: "auto", "none" or `allowed_tools`.
+    """
 
     model: str
     input: list[Item]
@@ -52,6 +56,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     user: str | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: list[tuple[int, float]] = []
+    logprobs: bool = False
+    service_tier: Literal["default", "flex"] = "default"
+    exact: bool = False
+    deadline_s: float = 0.0
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,12 +101,20 @@ class _OpenItem:
         self.start = start
         self.id = item_id
         self.pieces: list[str] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self._told = 0
+
+    def untold_logprobs(self) -> list[dict[str, Any]]:
+        """Those that no delta has carried yet; from here on they count as told."""
+        untold = self.logprobs[self._told :]
+        self._told = len(self.logprobs)
+        return untold
 
     def as_json(self, status: str) -> dict[str, Any]:
         text = "".join(self.pieces)
         match self.start.kind:
             case "message":
-                content = [] if status == "in_progress" else [_text_part(text)]
+                content = [] if status == "in_progress" else [_text_part(text, self.logprobs)]
                 item = {"id": self.id, "type": "message", "status": status, "role": "assistant", "content": content}
                 return item | ({"phase": self.start.phase} if self.start.phase else {})
             case "reasoning":
@@ -106,8 +125,24 @@ class _OpenItem:
                 return {"id": self.id, "type": "function_call", "status": status} | call
 
 
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+
+
+# What the API's reference says of an id that is very unlikely; JSON has no infinities.
+_LEAST_LOGPROB = -9999.0
+
+
+def _logprob_json(said: Logprobs) -> dict[str, Any]:
+    """The SDK's `response_output_text.Logprob`, which is also that of chat completions."""
+    top = [_token_json(text, logprob) for (_, logprob), text in zip(said.top, said.top_texts, strict=False)]
+    return _token_json(said.text, said.chosen) | {"top_logprobs": top}
+
+
+def _token_json(text: bytes, logprob: float) -> dict[str, Any]:
+    """An id is any bytes, half a character too: `bytes` has them as they are, `token` as far as they are text."""
+    shown = logprob if logprob > _LEAST_LOGPROB else _LEAST_LOGPROB
+    return {"token": text.decode("utf-8", "replace"), "bytes": list(text), "logprob": shown}
 
 
 _PREFIX = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
@@ -192,7 +227,7 @@ class StreamLog:
             "max_tool_calls": request.max_tool_calls,
             "store": request.store,
             "background": False,
-            "service_tier": "default",
+            "service_tier": request.service_tier,
             "metadata": request.metadata,
             "safety_identifier": request.safety_identifier,
             "prompt_cache_key": request.prompt_cache_key,
@@ -213,6 +248,9 @@ class StreamLog:
             case ItemEnd():
                 return [] if self._item is None else self._end_item("completed")
             case Logprobs():
+                # They come before their id's text; what has none yet waits for the next delta, or for the item's end.
+                if self.record.request.logprobs and self._item is not None and self._item.start.kind == "message":
+                    self._item.logprobs.append(_logprob_json(delta))
                 return []
 
     def _start_item(self, start: ItemStart) -> list[Event]:
@@ -222,7 +260,7 @@ class StreamLog:
         added = {"type": "response.output_item.added", "output_index": index, "item": item.as_json("in_progress")}
         events = [self._number(added)]
         if start.kind == "message":
-            events.append(self._part_event("response.content_part.added", part=_text_part("")))
+            events.append(self._part_event("response.content_part.added", part=_text_part("", [])))
         return events
 
     def _grow(self, text: str) -> list[Event]:
@@ -230,7 +268,8 @@ class StreamLog:
         self._item.pieces.append(text)
         match self._item.start.kind:
             case "message":
-                return [self._part_event("response.output_text.delta", delta=text, logprobs=[])]
+                logprobs = self._item.untold_logprobs()
+                return [self._part_event("response.output_text.delta", delta=text, logprobs=logprobs)]
             case "reasoning":
                 shown = self.record.request.reasoning is not None
                 return [self._part_event("response.reasoning_text.delta", delta=text)] if shown else []
@@ -243,8 +282,9 @@ class StreamLog:
         text = "".join(item.pieces)
         match item.start.kind:
             case "message":
-                events.append(self._part_event("response.output_text.done", text=text, logprobs=[]))
-                events.append(self._part_event("response.content_part.done", part=_text_part(text)))
+                events.append(self._part_event("response.output_text.done", text=text, logprobs=list(item.logprobs)))
+                part = _text_part(text, item.logprobs)
+                events.append(self._part_event("response.content_part.done", part=part))
             case "reasoning":
                 if self.record.request.reasoning is not None:
                     events.append(self._part_event("response.reasoning_text.done", text=text))

@@ -22,9 +22,10 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from core.conversation import Item
-from core.errors import EdgechatError, NodeLost, NoNodeAvailable
-from core.frames import Cancel, Delta, Done, Failed, Generate, Progress, Row, Sampling, Started, Usage
+from core.errors import DeadlineExceeded, EdgechatError, NodeLost, NoNodeAvailable
+from core.frames import Cancel, Delta, Done, Failed, Generate, Progress, Row, Started, Usage
 from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog
+from router import terms
 from router.errors import Draining
 
 MAX_DISPATCHES = 3
@@ -131,6 +132,7 @@ class Session:
         self._moved_because: Failure | None = None
         self.ended = False
         self._opened = False
+        self._began_at_s = 0.0
         self._readers = 1
         self._orphaned_at_s: float | None = None
 
@@ -144,7 +146,8 @@ class Session:
     # -- dispatch ------------------------------------------------------------------------------
 
     def start(self, node: str, now: Instant) -> list[Effect]:
-        """Begin on a node; its first word opens the log."""
+        """Begin on a node; its first word opens the log. The request's deadline counts from here."""
+        self._began_at_s = now.mono_s
         return self.assign(node, now)
 
     def warm_up(self, now: Instant) -> list[Effect]:
@@ -159,9 +162,12 @@ class Session:
             return []
         if node is None:
             return self._fail(self._moved_because or _failure(NoNodeAvailable(self.record.request.model)), now)
+        left_s = self._time_left_s(now)
+        if left_s is not None and left_s <= 0:
+            return self._fail(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
         self.node = node
         self.epoch += 1
-        return [SendNode(node, self._generate()), *([Serving(node)] if self._opened else [])]
+        return [SendNode(node, self._generate(left_s or 0.0)), *([Serving(node)] if self._opened else [])]
 
     def on_node_lost(self, node: str, now: Instant) -> list[Effect]:
         """The link of `node` broke or its engine died under this stream: another node continues by ids."""
@@ -177,7 +183,13 @@ class Session:
             return self._fail(because, now)
         return [NeedNode(self.record.release, frozenset(self._excluded))]
 
-    def _generate(self) -> Generate:
+    def _time_left_s(self, now: Instant) -> float | None:
+        """Until the request's deadline; None if it has none."""
+        deadline_s = self.record.request.deadline_s
+        return self._began_at_s + deadline_s - now.mono_s if deadline_s else None
+
+    def _generate(self, deadline_s: float) -> Generate:
+        """The same for every node that is asked, but for what is already said and the time that is left."""
         request = self.record.request
         return Generate(
             stream=self.record.id,
@@ -186,14 +198,19 @@ class Session:
             items=self.items,
             output_ids=list(self.ids),
             seed=self.record.seed,
-            sampling=Sampling(request.temperature, request.top_p, request.top_k),
+            sampling=terms.sampling(request),
             stop=request.stop,
             max_output_tokens=request.max_output_tokens or DEFAULT_MAX_OUTPUT_TOKENS,
-            tools=request.tools,
+            tools=terms.offered_tools(request),
+            format=terms.answer_format(request),
+            effort=terms.effort(request),
             truncation=request.truncation,
             dropped_items=self.dropped_items,
+            priority=terms.priority(request),
             cache_salt=self._cache_salt,
             prefix_keys=list(self.prefix_keys),
+            deadline_s=deadline_s,
+            exact=request.exact,
         )
 
     # -- what the node says --------------------------------------------------------------------
@@ -254,10 +271,13 @@ class Session:
     def _on_failed(self, node: str, failed: Failed, now: Instant) -> list[Effect]:
         if failed.retryable and failed.code == "engine_lost":
             return self.on_node_lost(node, now)
+        if failed.code == DeadlineExceeded.code:
+            # A node that went on with the answer knows only the rest of its time.
+            return self._end_failed(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
         failure = Failure(failed.code, failed.message, failed.retryable)
         if failed.retryable and failed.code in NOT_HERE:
             return self._move(node, failure, now)
-        return self._end(EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage()))
+        return self._end_failed(failure, now)
 
     # -- what the client does ------------------------------------------------------------------
 
@@ -298,9 +318,10 @@ class Session:
         return Usage(self.input_tokens, self.cached_tokens, len(self.ids))
 
     def _fail(self, failure: Failure, now: Instant) -> list[Effect]:
-        stop = self._stop_node()
-        end = EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage())
-        return [*stop, *self._end(end)]
+        return [*self._stop_node(), *self._end_failed(failure, now)]
+
+    def _end_failed(self, failure: Failure, now: Instant) -> list[Effect]:
+        return self._end(EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage()))
 
     def _end(self, end: EndRecord) -> list[Effect]:
         self.node = None

@@ -61,21 +61,24 @@ REASONING: Said = [[ItemStart("reasoning"), Text("Let me ")], [Text("see.")], [I
 CALL: Said = [[ItemStart("function_call", name="look_up")], [Arguments('{"q":')], [Arguments('"x"}')], [ItemEnd()]]
 
 
-def record(reasoning: dict[str, Any] | None = None) -> RequestRecord:
+def record(reasoning: dict[str, Any] | None = None, logprobs: bool = False) -> RequestRecord:
     request = Request(
         model="m",
         input=[Item("message", "user", "hi")],
         temperature=0.7,
         top_p=0.9,
         reasoning=reasoning,
+        logprobs=logprobs,
         tools=[{"type": "function", "name": "look_up", "parameters": {"type": "object"}, "strict": False}],
         metadata={"k": "v"},
     )
     return RequestRecord(id=RESPONSE, tenant="t", created_at=1_700_000_000, seed=1, release=RELEASE, request=request)
 
 
-def log_of(said: Said, end: EndRecord = COMPLETED, reasoning: dict[str, Any] | None = None) -> list[Event]:
-    return replay(record(reasoning), list(range(len(said))), said, end)
+def log_of(
+    said: Said, end: EndRecord = COMPLETED, reasoning: dict[str, Any] | None = None, logprobs: bool = False
+) -> list[Event]:
+    return replay(record(reasoning, logprobs), list(range(len(said))), said, end)
 
 
 def types_of(events: list[Event]) -> list[str]:
@@ -93,7 +96,13 @@ SAID = st.lists(
             st.builds(Text, TEXTS),
             st.builds(Arguments, TEXTS),
             st.just(ItemEnd()),
-            st.just(Logprobs(-1.0, [])),
+            st.builds(
+                Logprobs,
+                st.floats(max_value=0.0, allow_nan=False),
+                st.just([(7, -0.5), (8, -1.5)]),
+                st.binary(max_size=4),
+                st.just([b"a", b"\xf0"]),
+            ),
         ),
         max_size=3,
     ),
@@ -102,12 +111,12 @@ SAID = st.lists(
 ASKED = st.sampled_from([None, {"effort": "low", "summary": None}])
 
 
-@given(said=SAID, end=st.sampled_from(ENDS), asked=ASKED, cuts=st.lists(st.integers(0, 12)))
+@given(said=SAID, end=st.sampled_from(ENDS), asked=ASKED, logprobs=st.booleans(), cuts=st.lists(st.integers(0, 12)))
 def test_frames_of_any_size_give_the_events_of_the_replay(
-    said: Said, end: EndRecord, asked: dict[str, Any] | None, cuts: list[int]
+    said: Said, end: EndRecord, asked: dict[str, Any] | None, logprobs: bool, cuts: list[int]
 ) -> None:
     ids = list(range(100, 100 + len(said)))
-    log = StreamLog(record(asked))
+    log = StreamLog(record(asked, logprobs))
     events = log.open()
     at = 0
     for cut in [*sorted(cuts), len(said)]:
@@ -116,7 +125,7 @@ def test_frames_of_any_size_give_the_events_of_the_replay(
         at = upto
     assert log.next_seq == len(ids)
     events += log.close(end)
-    assert msgspec.json.encode(events) == msgspec.json.encode(replay(record(asked), ids, said, end))
+    assert msgspec.json.encode(events) == msgspec.json.encode(replay(record(asked, logprobs), ids, said, end))
 
 
 @given(said=SAID, end=st.sampled_from(ENDS), asked=ASKED)
@@ -129,9 +138,11 @@ def test_numbers_count_from_zero_and_exactly_one_terminal_event_comes_last(
     assert [event["type"] in TERMINAL for event in events] == [False] * (len(events) - 1) + [True]
 
 
-@given(said=SAID, end=st.sampled_from(ENDS), asked=ASKED)
-def test_every_event_is_one_that_the_sdk_can_read(said: Said, end: EndRecord, asked: dict[str, Any] | None) -> None:
-    for event in log_of(said, end, asked):
+@given(said=SAID, end=st.sampled_from(ENDS), asked=ASKED, logprobs=st.booleans())
+def test_every_event_is_one_that_the_sdk_can_read(
+    said: Said, end: EndRecord, asked: dict[str, Any] | None, logprobs: bool
+) -> None:
+    for event in log_of(said, end, asked, logprobs):
         wire = json.loads(msgspec.json.encode(event))
         read = SDK_MODELS[event["type"]].model_validate(wire)
         unknown = set(read.model_extra or {}) - BEYOND_THE_SDK.get(event["type"], set())
@@ -326,6 +337,71 @@ def test_text_outside_any_item_is_a_message_in_the_log_and_in_the_items() -> Non
 def test_item_ids_follow_from_the_response(kind: Literal["message", "reasoning", "function_call"], id_: str) -> None:
     assert item_id("resp_r1_abc", kind, 3) == f"{id_}_r1_abc_3"
     assert call_id("fc_r1_abc_3") == "call_r1_abc_3"
+
+
+# -- log-probabilities ---------------------------------------------------------------------------
+
+# What one id's text is held back for: the rest of a character, a stop string that did not come.
+HELD_BACK: Said = [
+    [ItemStart("message"), Logprobs(-0.1, [(1, -0.1)], b"\xc3", [b"\xc3"])],
+    [Logprobs(-0.2, [(2, -0.2), (3, float("-inf"))], b"\xa9", [b"\xa9", b"!"]), Text("\u00e9")],
+    [Logprobs(float("-inf"), [], b"EN")],
+    [ItemEnd()],
+]
+
+
+def _tokens(event: dict[str, Any]) -> list[list[int]]:
+    return [entry["bytes"] for entry in event["logprobs"]]
+
+
+def test_log_probabilities_come_with_the_text_that_their_ids_complete() -> None:
+    events = log_of(HELD_BACK, logprobs=True)
+    (delta,) = (event for event in events if event["type"] == "response.output_text.delta")
+    assert delta["logprobs"] == [
+        {
+            "token": "\ufffd",
+            "bytes": [0xC3],
+            "logprob": -0.1,
+            "top_logprobs": [{"token": "\ufffd", "bytes": [0xC3], "logprob": -0.1}],
+        },
+        {
+            "token": "\ufffd",
+            "bytes": [0xA9],
+            "logprob": -0.2,
+            "top_logprobs": [
+                {"token": "\ufffd", "bytes": [0xA9], "logprob": -0.2},
+                {"token": "!", "bytes": [0x21], "logprob": -9999.0},
+            ],
+        },
+    ]
+
+
+def test_an_item_ends_with_the_log_probabilities_of_all_its_ids() -> None:
+    events = {event["type"]: event for event in log_of(HELD_BACK, logprobs=True)}
+    done = events["response.output_text.done"]
+    assert _tokens(done) == [[0xC3], [0xA9], list(b"EN")]
+    assert done["logprobs"][-1]["logprob"] == -9999.0
+    part = events["response.content_part.done"]["part"]
+    assert part == events["response.completed"]["response"]["output"][0]["content"][0]
+    assert part["logprobs"] == done["logprobs"]
+    assert events["response.content_part.added"]["part"]["logprobs"] == []
+
+
+@given(said=SAID, end=st.sampled_from(ENDS))
+def test_nobody_gets_log_probabilities_unasked(said: Said, end: EndRecord) -> None:
+    silent = [[delta for delta in deltas if not isinstance(delta, Logprobs)] for deltas in said]
+    assert log_of(said, end) == log_of(silent, end)
+
+
+@given(said=SAID)
+def test_each_log_probability_is_told_once_by_deltas_and_the_ends_of_their_items(said: Said) -> None:
+    deltas: dict[str, list[list[int]]] = {}
+    for event in log_of(said, logprobs=True):
+        if event["type"] == "response.output_text.delta":
+            deltas.setdefault(event["item_id"], []).extend(_tokens(event))
+        if event["type"] == "response.output_text.done":
+            told = deltas.get(event["item_id"], [])
+            assert told == _tokens(event)[: len(told)]
 
 
 def test_the_text_so_far_includes_an_open_message_and_no_reasoning() -> None:

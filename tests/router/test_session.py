@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,6 +109,101 @@ def test_the_first_dispatch_has_epoch_one_and_everything_that_the_node_needs() -
     assert isinstance(frame, Generate)
     assert (frame.stream, frame.epoch, frame.release, frame.output_ids) == (STREAM, 1, RELEASE, [])
     assert (frame.seed, frame.cache_salt, frame.prefix_keys) == (7, "salt", ["key"])
+
+
+EVERYTHING: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 40,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.2,
+    "frequency_penalty": -0.3,
+    "logit_bias": [(5, -100.0)],
+    "logprobs": True,
+    "top_logprobs": 3,
+    "stop": ["END"],
+    "max_output_tokens": 99,
+    "tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "g"}],
+    "text": {"format": {"type": "json_object"}},
+    "reasoning": {"effort": "high", "summary": None},
+    "truncation": "auto",
+    "service_tier": "flex",
+    "exact": True,
+    "deadline_s": 9.0,
+}
+
+
+def test_a_node_is_told_all_that_was_asked_for_and_so_is_the_next() -> None:
+    session, effects = dispatched(**EVERYTHING)
+    (first,) = sent(effects)
+    session.on_node_lost("a", NOW)
+    (second,) = sent(session.assign("b", NOW))
+    assert isinstance(first, Generate)
+    assert first.sampling == Sampling(0.5, 0.9, 40, 0.05, 1.1, 0.2, -0.3, [(5, -100.0)], 3)
+    assert (first.stop, first.max_output_tokens, first.tools) == (["END"], 99, EVERYTHING["tools"])
+    assert (first.format, first.effort, first.truncation) == ({"type": "json_object"}, "high", "auto")
+    assert (first.priority, first.exact, first.deadline_s) == (-1, True, 9.0)
+    assert second == msgspec.structs.replace(first, epoch=2)
+
+
+def test_what_was_not_asked_for_is_off() -> None:
+    _, effects = dispatched(top_logprobs=5)
+    (frame,) = sent(effects)
+    assert isinstance(frame, Generate)
+    assert frame.sampling == Sampling(1.0, 1.0)
+    assert (frame.format, frame.effort, frame.priority, frame.exact, frame.deadline_s) == (None, "", 0, False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("choice", "offered"),
+    [
+        ("auto", ["f", "g"]),
+        ("none", []),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}, ["g"]),
+    ],
+)
+def test_the_model_is_told_of_the_tools_that_it_may_call(choice: Any, offered: list[str]) -> None:
+    _, effects = dispatched(tools=EVERYTHING["tools"], tool_choice=choice)
+    (frame,) = sent(effects)
+    assert isinstance(frame, Generate)
+    assert [tool["name"] for tool in frame.tools] == offered
+
+
+def test_the_next_node_has_what_is_left_of_the_time() -> None:
+    session, _ = started(deadline_s=9.0)
+    session.on_node_lost("a", NOW)
+    (frame,) = sent(session.assign("b", Instant(NOW.mono_s + 4.0, NOW.unix_s + 4)))
+    assert isinstance(frame, Generate)
+    assert frame.deadline_s == 5.0
+
+
+def test_nobody_is_asked_for_an_answer_that_would_come_too_late() -> None:
+    session, _ = started(deadline_s=9.0)
+    session.on_frame("a", row(1, 0), NOW)
+    session.on_node_lost("a", NOW)
+    effects = session.assign("b", Instant(NOW.mono_s + 9.0, NOW.unix_s + 9))
+    assert sent(effects) == []
+    response = events(effects)[-1]["response"]
+    assert (response["status"], response["error"]["edgechat_code"]) == ("failed", "deadline_exceeded")
+    assert response["output"][0]["content"][0]["text"] == "one"
+
+
+@pytest.mark.parametrize("retryable", [False, True])
+def test_a_deadline_that_has_passed_on_one_node_has_passed_on_all(retryable: bool) -> None:
+    session, _ = started(deadline_s=9.0)
+    effects = session.on_frame("a", failed(1, "deadline_exceeded", retryable=retryable), NOW)
+    finished = effects[-1]
+    assert isinstance(finished, Finished)
+    assert finished.end.error == Failure(
+        "deadline_exceeded", "The answer was not complete within the 9 s that it was given; allow more time.", False
+    )
+
+
+def test_an_answer_in_a_format_that_ran_out_of_tokens_is_incomplete() -> None:
+    session, _ = started(text={"format": {"type": "json_object"}})
+    response = events(session.on_frame("a", done(1, "length"), NOW))[-1]["response"]
+    assert (response["status"], response["text"]) == ("incomplete", {"format": {"type": "json_object"}})
 
 
 def test_a_whole_answer_is_delivered_and_finished_once() -> None:
