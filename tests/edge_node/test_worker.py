@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -16,7 +17,7 @@ from edge_node.engine.engine import Engine, EngineLimits
 from edge_node.engine.step import StepPlan, StepResult
 from edge_node.runtime import pipe
 from edge_node.runtime.pipe import Beat, Outputs, Residents, ToChild
-from edge_node.runtime.worker import Pipe, Stepper
+from edge_node.runtime.worker import HungUp, Pipe, Stepper
 from tests.e2e.waiting import eventually
 from tests.fakes import FakeRunner, FakeSpeech, fake_manifest, generate
 
@@ -47,9 +48,13 @@ class Bench:
         limits = EngineLimits(slots=2, context_tokens=256, max_waiting=4, prefix_blocks=4)
         engine = Engine(fake_manifest(), FakeSpeech(), limits)
         self.stepper = Stepper(engine, self.runner, Pipe(child), self.inbox)
-        self.thread = threading.Thread(target=self.stepper.run_forever, daemon=True)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         self._node = node.makefile("rb")
+
+    def _run(self) -> None:
+        with contextlib.suppress(HungUp):  # the test is over, and its pipe closed
+            self.stepper.run_forever()
 
     def tell(self, *messages: Generate | Cancel) -> None:
         for message in messages:
