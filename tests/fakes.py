@@ -17,8 +17,8 @@ from core.conversation import Item
 from core.frames import Delta, Generate, ItemEnd, ItemStart, Sampling, Text
 from core.manifest import FORMAT, KvShape, Manifest, Source
 from edge_node.engine.sampling import sample
-from edge_node.engine.speech import PLAIN, Setting, SpeechError
-from edge_node.engine.step import Chunk, Decode, Logits, StepPlan, StepResult
+from edge_node.engine.speech import PLAIN, Rendered, Setting, SpeechError
+from edge_node.engine.step import BLOCK_TOKENS, Chunk, Decode, Logits, StepPlan, StepResult
 
 STOP_ID = 0
 TOKENIZER_SIZE = 40
@@ -72,6 +72,10 @@ def generate(
     items: list[Item] | None = None,
     truncation: Literal["auto", "disabled"] = "disabled",
     dropped_items: int = 0,
+    priority: int = 0,
+    deadline_s: float = 0.0,
+    salt: str = "",
+    exact: bool = False,
 ) -> Generate:
     """A request to the fake release."""
     return Generate(
@@ -86,17 +90,30 @@ def generate(
         max_output_tokens=most,
         truncation=truncation,
         dropped_items=dropped_items,
+        priority=priority,
+        deadline_s=deadline_s,
+        cache_salt=salt,
+        exact=exact,
     )
 
 
 class FakeSpeech:
     """A letter is an id; id n says a letter, STOP_ID ends. Contents with a '!' cannot be rendered."""
 
-    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
-        """One id for each character of each item."""
+    closing_ids = frozenset({STOP_ID})
+
+    def lay_out(self, items: list[Item], release: str, setting: Setting = PLAIN) -> Rendered:
+        """One id for each character of each item, or those that it was generated as, and a mark for an answer to come."""
         if any("!" in item.text for item in items):
             raise SpeechError("This conversation cannot be rendered.")
-        return [1 + ord(letter) % (TOKENIZER_SIZE - 1) for item in items for letter in item.text]
+        ids, ends = list[int](), list[int]()
+        for item in items:
+            ids += item.ids or [1 + ord(letter) % (TOKENIZER_SIZE - 1) for letter in item.text]
+            ends.append(len(ids))
+        return Rendered(ids, ends)
+
+    def bytes_of(self, token: int) -> bytes:
+        return b"" if token == STOP_ID else chr(97 + token % 26).encode()
 
     def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:
         return sum(len(item.text) // 2 for item in items)
@@ -110,6 +127,7 @@ class FakeParser:
 
     breaks_on = -1
     reasoning_tokens = 0
+    answering = True
 
     def __init__(self) -> None:
         self.stopped = False
@@ -126,22 +144,47 @@ class FakeParser:
 
 
 class FakeRunner:
-    """Runs plans over a pool of written ids. Refuses what the real graph would refuse or compute wrongly."""
+    """Runs plans over a pool of written ids. Refuses what the real graph would refuse or compute wrongly.
 
-    def __init__(self, slots: int, context_tokens: int) -> None:
+    paths_differ: whether the one-token path and the chunk path give different numbers, as real graphs do.
+    """
+
+    def __init__(self, slots: int, context_tokens: int, blocks: int = 0, paths_differ: bool = True) -> None:
         self.plans: list[StepPlan] = []
         self._pool: list[list[Written]] = [[(-1, "nothing")] * context_tokens for _ in range(slots)]
+        self._blocks: list[list[Written]] = [[(-1, "nothing")] * BLOCK_TOKENS for _ in range(blocks)]
+        self._one: Path = "one" if paths_differ else "chunk"
 
     def run(self, plan: StepPlan) -> StepResult:
         """The parts of a plan may run in either order; alternate."""
         self.plans.append(plan)
+        self._copy_before(plan)
         if plan.number % 2:
             decoded, read = self._decode(plan.decode), self._chunk(plan.chunk)
         else:
             read, decoded = self._chunk(plan.chunk), self._decode(plan.decode)
+        self._copy_after(plan)
         chunk_s = 0.001 * len(plan.chunk.ids) if plan.chunk else 0.0
-        decode_s = 0.01 if plan.decode else 0.0
-        return StepResult(read, decoded, chunk_s, decode_s)
+        decode_s = 0.01 + 0.001 * len(plan.decode.ids) if plan.decode else 0.0
+        return StepResult(read, decoded, chunk_s, decode_s, copy_s=0.0001)
+
+    def _copy_before(self, plan: StepPlan) -> None:
+        for move in plan.moves:
+            assert move.source != move.target
+            self._pool[move.target][: move.tokens] = self._pool[move.source][: move.tokens]
+            self._pool[move.source][:] = [(-2, "nothing")] * len(self._pool[move.source])
+        for load in plan.loads:
+            for index, block in enumerate(load.blocks):
+                at = index * BLOCK_TOKENS
+                self._pool[load.slot][at : at + BLOCK_TOKENS] = self._blocks[block]
+
+    def _copy_after(self, plan: StepPlan) -> None:
+        for save in plan.saves:
+            for index, block in enumerate(save.blocks):
+                at = (save.first + index) * BLOCK_TOKENS
+                assert at + BLOCK_TOKENS <= len(self._pool[save.slot])
+                self._blocks[block] = self._pool[save.slot][at : at + BLOCK_TOKENS]
+                assert all(path == "chunk" for _, path in self._blocks[block]), "only canonical positions are kept"
 
     def _chunk(self, chunk: Chunk | None) -> Logits | None:
         if chunk is None:
@@ -157,7 +200,7 @@ class FakeRunner:
         if decode is None:
             return None
         for row, (token, end) in enumerate(zip(decode.ids, decode.ends, strict=True)):
-            self._pool[decode.first_slot + row][end - 1] = (token, "one")
+            self._pool[decode.first_slot + row][end - 1] = (token, self._one)
         rows = [self._pool[decode.first_slot + row][: decode.ends[row]] for row in decode.wanted]
         return np.array([logits_after(prefix) for prefix in rows], np.float32).reshape(-1, VOCAB_SIZE)
 
@@ -170,13 +213,13 @@ def logits_after(prefix: list[Written]) -> Logits:
     return logits.astype(np.float32)
 
 
-def said_alone(request: Generate, context_tokens: int, speech: FakeSpeech | None = None) -> list[int]:
+def said_alone(request: Generate, context_tokens: int, paths_differ: bool = True) -> list[int]:
     """All output ids of a request that nothing disturbs: the oracle, without any engine."""
-    prompt = (speech or FakeSpeech()).render(request.items, request.release)
+    prompt = FakeSpeech().lay_out(request.items, request.release).ids
     most = min(request.max_output_tokens, context_tokens - len(prompt))
     output: list[int] = []
     while len(output) < most and STOP_ID not in output:
         prefix: list[Written] = [(token, "chunk") for token in prompt]
-        prefix += [(token, "one") for token in output]
+        prefix += [(token, "one" if paths_differ else "chunk") for token in output]
         output.append(sample(logits_after(prefix), request.sampling, TOKENIZER_SIZE, request.seed, len(output)))
     return output

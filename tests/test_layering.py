@@ -53,7 +53,12 @@ ROOMS = (
     pure("edge_node"),
     pure("edge_node.config"),
     pure("edge_node.supervision"),
+    pure("edge_node.residents"),
     pure("edge_node.switchboard"),
+    pure("edge_node.engine.grammar", "llguidance", "numpy"),
+    pure("edge_node.engine.logprobs", "numpy"),
+    pure("edge_node.engine.penalties", "numpy"),
+    pure("edge_node.engine.rows", "numpy"),
     pure("edge_node.engine.sampling", "numpy"),
     pure("edge_node.engine.step", "numpy"),
     pure("edge_node.engine.engine", "numpy"),
@@ -88,6 +93,7 @@ ROOMS = (
     pure("router.predictor"),
     pure("router.rollout"),
     pure("router.session"),
+    pure("router.terms"),
     io("router.admin"),
     io("router.dispatch"),
     io("router.http"),
@@ -140,7 +146,7 @@ ROOMS = (
 
 # fmt: off
 DETERMINISTIC = frozenset({
-    "__future__", "abc", "base64", "binascii", "bisect", "codecs", "collections", "collections.abc", "copy",
+    "__future__", "abc", "array", "base64", "binascii", "bisect", "codecs", "collections", "collections.abc", "copy",
     "dataclasses", "enum", "functools", "hashlib", "heapq", "hmac", "ipaddress", "itertools", "json", "math",
     "operator", "re", "string", "struct", "tomllib", "types", "typing", "unicodedata", "urllib.parse", "zlib",
 })

@@ -8,12 +8,13 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from core.frames import Rates
-from edge_node.engine.step import StepPlan, StepResult
+from edge_node.engine.step import BLOCK_TOKENS, StepPlan, StepResult
 
 # Smooth enough to ignore one preempted step, quick enough to follow a growing context.
 _WEIGHT = 0.2
 # Before anything is measured; slow on purpose, since a watchdog multiplies predictions.
 _UNKNOWN_S_PER_TOKEN = 0.05
+_UNKNOWN_COPY_S_PER_TOKEN = 0.001
 
 
 class _Table:
@@ -46,23 +47,46 @@ class _Table:
 
 
 class StepCosts:
-    """Predicts the seconds of chunks and decode batches."""
+    """Predicts the seconds of chunks, verified drafts, decode batches and copies."""
 
     def __init__(self) -> None:
         self._chunks = _Table()
+        self._verifies = _Table()
         self._decodes = _Table()
+        self._copy_s_per_token: float | None = None
         self._last_rows = 0
 
     def observe(self, plan: StepPlan, result: StepResult) -> None:
         """Learn from a step that was run."""
         if plan.chunk is not None:
-            self._chunks.observe(len(plan.chunk.ids), result.chunk_s)
+            # Every wanted position costs a row of the vocabulary, so drafts are a case of their own.
+            table = self._verifies if len(plan.chunk.wanted) > 1 else self._chunks
+            table.observe(len(plan.chunk.ids), result.chunk_s)
         if plan.decode is not None:
             self._last_rows = len(plan.decode.ids)
             self._decodes.observe(self._last_rows, result.decode_s)
+        if copied := _copied_tokens(plan):
+            before, now = self._copy_s_per_token, result.copy_s / copied
+            self._copy_s_per_token = now if before is None else before + _WEIGHT * (now - before)
+
+    def predict_s(self, plan: StepPlan) -> float:
+        """How long the whole step should take."""
+        seconds = self.copy_s(_copied_tokens(plan))
+        if plan.chunk is not None:
+            length = len(plan.chunk.ids)
+            seconds += self.verify_s(length) if len(plan.chunk.wanted) > 1 else self.chunk_s(length)
+        return seconds + (self.decode_s(len(plan.decode.ids)) if plan.decode is not None else 0.0)
 
     def chunk_s(self, tokens: int) -> float:
         return self._chunks.estimate(tokens)
+
+    def verify_s(self, length: int) -> float:
+        """A chunk whose positions are all wanted."""
+        return self._verifies.estimate(length)
+
+    def copy_s(self, tokens: int) -> float:
+        known = self._copy_s_per_token
+        return tokens * (_UNKNOWN_COPY_S_PER_TOKEN if known is None else known)
 
     def decode_s(self, rows: int) -> float:
         return self._decodes.estimate(rows)
@@ -71,3 +95,8 @@ class StepCosts:
         """Prefill: what a long prompt gets. Decode: what one stream gets, at the batch width seen last."""
         step_s = self.decode_s(self._last_rows) if self._last_rows else 0.0
         return Rates(self._chunks.best_rate(), 1.0 / step_s if step_s > 0 else 0.0)
+
+
+def _copied_tokens(plan: StepPlan) -> int:
+    blocks = sum(len(load.blocks) for load in plan.loads) + sum(len(save.blocks) for save in plan.saves)
+    return sum(move.tokens for move in plan.moves) + BLOCK_TOKENS * blocks

@@ -1,8 +1,8 @@
 """The engine of one release: requests in, steps out, frames back.
 
-    submit / cancel      ->  frames that can be said at once
-    plan                 ->  what the runner shall compute next, None when idle
-    commit(plan, result) ->  what the streams say because of it
+    submit / cancel / expire  ->  frames that can be said at once
+    plan                      ->  what the runner shall compute next, None when idle
+    commit(plan, result)      ->  what the streams say because of it
 
 Everything is a function of the calls: no clock, no randomness, no model. One caller at a time.
 Does not know links, routers or ONNX Runtime.
@@ -10,20 +10,27 @@ Does not know links, routers or ONNX Runtime.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from core.conversation import Item
-from core.errors import ContextTooLong, EdgechatError, Overloaded, RequestError, ServiceError
-from core.frames import Delta, Done, Failed, Finish, Generate, Progress, Rates, Row, Started
+from core.errors import ContextTooLong, DeadlineExceeded, EdgechatError, Overloaded, RequestError, ServiceError
+from core.frames import Done, Failed, Finish, Generate, Logprobs, Progress, Rates, Row, Started
 from core.manifest import Manifest
+from edge_node.engine.answer import Answer
+from edge_node.engine.chains import Chains
 from edge_node.engine.costs import StepCosts
+from edge_node.engine.grammar import Grammars, Guide
 from edge_node.engine.limits import EngineLimits
-from edge_node.engine.sampling import sample
+from edge_node.engine.logprobs import logprobs
+from edge_node.engine.prefix_store import PrefixStore, block_keys
+from edge_node.engine.rereading import Past, setting_of, what_follows
 from edge_node.engine.scheduler import Advanced, Scheduler
 from edge_node.engine.sequence import Sequence
-from edge_node.engine.speech import Setting, Speech
-from edge_node.engine.step import Logits, StepPlan, StepResult
+from edge_node.engine.speculation import Speculator
+from edge_node.engine.speech import Rendered, Speech
+from edge_node.engine.step import BLOCK_TOKENS, Logits, StepPlan, StepResult
 from edge_node.engine.window import Fitted, fit, fit_by_dropping
 
 __all__ = ["Engine", "EngineLimits", "Fault", "Output"]
@@ -32,6 +39,8 @@ Output: TypeAlias = Row | Started | Progress | Done | Failed
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+# Finished conversations that wait to be re-read; the oldest goes first when there are more.
+MAX_PAST = 64
 _STRUCTURED = ("json_object", "json_schema")
 
 
@@ -61,13 +70,21 @@ class Fault:
 class Engine:
     """Invariant: every accepted (stream, epoch) that is not replaced ends with exactly one Done or Failed."""
 
-    def __init__(self, manifest: Manifest, speech: Speech, limits: EngineLimits) -> None:
+    def __init__(
+        self, manifest: Manifest, speech: Speech, limits: EngineLimits, grammars: Grammars | None = None
+    ) -> None:
+        """grammars: None where no answer can be held to a format."""
         self._manifest = manifest
         self._speech = speech
         self._limits = limits
+        self._grammars = grammars
         self._costs = StepCosts()
-        self._scheduler = Scheduler(limits, self._costs)
-        self._sequences: dict[str, Sequence] = {}
+        self._store = PrefixStore(limits.prefix_blocks)
+        self._chains = Chains(self._store)
+        self._scheduler = Scheduler(limits, self._costs, self._store)
+        self._answers: dict[Sequence, Answer] = {}
+        self._streams: dict[str, Answer] = {}
+        self._past: deque[Past] = deque(maxlen=MAX_PAST)
         self._faults: list[Fault] = []
 
     @property
@@ -87,6 +104,10 @@ class Engine:
         faults, self._faults = self._faults, []
         return faults
 
+    def take_chains(self) -> list[tuple[str, int]]:
+        """Prefix keys whose resident tokens changed since the last call, 0 = gone."""
+        return self._chains.changes()
+
     def learn(self, plan: StepPlan, result: StepResult) -> None:
         """Take the cost of a step that was not planned here, such as a warm-up's."""
         self._costs.observe(plan, result)
@@ -97,70 +118,87 @@ class Engine:
         Returns a Progress of nothing when it was queued, which is a promise to answer it; a Failed when it was
         refused; Started and Done when its given ids already end it; [] when it was dropped.
         """
-        known = self._sequences.get(request.stream)
+        known = self._streams.get(request.stream)
         if known is not None:
             if request.epoch <= known.request.epoch:
                 return []
             self._forget(known)
         try:
-            sequence = self._accept(request, now_s)
+            answer = self._accept(request, now_s)
         except (RequestError, ReleaseNotServed, Overloaded) as error:
             return [_failed(request, error)]
         except Exception as error:  # a fault of one request must not end the others
             return [self._fault(request, error)]
-        if sequence.finish is not None:
-            return [_started(sequence), _done(sequence, sequence.finish, now_s)]
-        self._sequences[request.stream] = sequence
-        self._scheduler.add(sequence)
-        return [_progress(sequence)]
+        if answer.finish is not None:
+            return [_started(answer), _done(answer, answer.finish, now_s)]
+        self._streams[request.stream] = self._answers[answer.sequence] = answer
+        self._scheduler.add(answer.sequence)
+        return [_progress(answer)]
 
     def cancel(self, stream: str, epoch: int, now_s: float) -> list[Output]:
         """End a stream unless it has a newer epoch than the one meant."""
-        sequence = self._sequences.get(stream)
-        if sequence is None or epoch < sequence.request.epoch:
+        answer = self._streams.get(stream)
+        if answer is None or epoch < answer.request.epoch:
             return []
-        self._forget(sequence)
-        return [_done(sequence, "cancelled", now_s)]
+        self._forget(answer)
+        return [_done(answer, "cancelled", now_s)]
+
+    def expire(self, now_s: float) -> list[Output]:
+        """End what has passed its deadline; call before each plan."""
+        overdue = [answer for answer in self._streams.values() if answer.overdue_s <= now_s]
+        for answer in overdue:
+            self._forget(answer)
+        return [_failed(answer.request, DeadlineExceeded(answer.request.deadline_s)) for answer in overdue]
 
     def plan(self, now_s: float) -> StepPlan | None:
-        """What to run next, None when idle; every plan must be committed before the next."""
-        return self._scheduler.plan(now_s)
+        """What to run next, None when idle; every plan must be committed before the next.
+
+        With nobody to answer, the conversations that ended last are re-read, one after another.
+        """
+        while (plan := self._scheduler.plan(now_s)) is None and self._past:
+            self._reread(self._past.popleft())
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Output]:
         """Take the result of the plan; streams that ended meanwhile say nothing."""
         self._costs.observe(plan, result)
         outputs: list[Output] = []
         for advanced in self._scheduler.commit(plan, result):
+            answer = self._answers[advanced.sequence]
             try:
-                outputs.extend(self._outputs(advanced, now_s))
-            except Exception as error:  # a fault of one sequence must not end the others
-                self._forget(advanced.sequence)
-                outputs.append(self._fault(advanced.sequence.request, error))
+                outputs.extend(self._outputs(answer, advanced, now_s))
+            except Exception as error:  # a fault of one answer must not end the others
+                self._forget(answer)
+                outputs.append(self._fault(answer.request, error))
         return outputs
 
     def check_invariants(self) -> None:
         """For tests after each step, and for service when idle."""
         self._scheduler.check_invariants()
-        assert len(self._sequences) == self.running + self.waiting
+        assert len(self._streams) == len(self._answers) == self.running + self.waiting
+        assert all(answer.finish is None for answer in self._streams.values())
 
     # -- accepting --------------------------------------------------------------------------
 
-    def _accept(self, request: Generate, now_s: float) -> Sequence:
+    def _accept(self, request: Generate, now_s: float) -> Answer:
         self._refuse(request)
+        guide = self._guide(request)
         fitted = self._fit(request)
-        if not fitted.ids:
+        prompt = fitted.prompt.ids
+        if not prompt:
             raise ServiceError("The release's chat template made no token of this conversation; use another release.")
-        ids = (*fitted.ids, *request.output_ids)
-        if not all(0 <= token < self._manifest.tokenizer_size for token in ids):
+        if not all(0 <= token < self._manifest.tokenizer_size for token in (*prompt, *request.output_ids)):
             raise ServiceError("The request holds token ids that this release does not know; send it to another node.")
-        parser = self._speech.start(request.stop)
-        sequence = Sequence(request, fitted, parser, self._limits.context_tokens, now_s)
-        sequence.replay(request.output_ids)
-        if sequence.finish is None and not self._scheduler.has_room():
+        sequence = self._sequence(request, prompt, guide)
+        answer = Answer(request, sequence, self._speech.start(request.stop), guide, fitted.dropped_items, now_s)
+        answer.replay(request.output_ids)
+        if answer.finish is None and not self._scheduler.has_room():
             raise Overloaded(
                 f"All {self._limits.slots} slots are busy and the waiting line is full; try again shortly."
             )
-        return sequence
+        if not fitted.dropped_items:
+            self._chains.note(request.prefix_keys, fitted.prompt.ends, sequence.keys)
+        return answer
 
     def _refuse(self, request: Generate) -> None:
         """Raise for what cannot be served, before any work is done for it."""
@@ -168,61 +206,87 @@ class Engine:
             raise ReleaseNotServed(
                 f"This node serves {self._manifest.release}, not {request.release}; send the request to another node."
             )
-        kind = (request.format or {}).get("type")
-        if kind in _STRUCTURED:
-            raise UnsupportedParameter(
-                f"This model cannot be held to the format {kind!r}; leave it out.", param="text.format"
-            )
         if len(request.stop) > MAX_STOP_STRINGS or any(len(stop) > MAX_STOP_CHARACTERS for stop in request.stop):
             raise UnsupportedParameter(
                 f"At most {MAX_STOP_STRINGS} stop strings of at most {MAX_STOP_CHARACTERS} characters are taken.",
                 param="stop",
             )
 
+    def _guide(self, request: Generate) -> Guide | None:
+        """What holds the answer to the format asked for."""
+        form = request.format or {}
+        if form.get("type") not in _STRUCTURED:
+            return None
+        if self._grammars is None:
+            raise UnsupportedParameter(
+                f"This model cannot be held to the format {form['type']!r}; leave it out.", param="text.format"
+            )
+        return self._grammars.guide(form)
+
+    def _sequence(self, request: Generate, prompt: list[int], guide: Guide | None) -> Sequence:
+        keys = block_keys(request.cache_salt, prompt)
+        limit = min(len(prompt) + request.max_output_tokens, self._limits.context_tokens)
+        drafts = self._limits.speculation and not request.exact and guide is None
+        return Sequence(prompt, keys, limit, request.priority, Speculator(prompt) if drafts else None)
+
     def _fit(self, request: Generate) -> Fitted:
         """A continued response keeps the cut that its first ids were generated under."""
 
         release, most = self._manifest.release, self._limits.context_tokens
-        setting = Setting(request.tools, request.format, request.effort)
+        setting = setting_of(request)
 
-        def render(items: list[Item]) -> list[int]:
+        def lay_out(items: list[Item]) -> Rendered:
             # Megabytes would take seconds to encode, in which nobody else is answered.
             least = self._speech.least_tokens(items, release, setting)
             if least >= most:
                 raise ContextTooLong(least, most, at_least=True)
-            return self._speech.render(items, release, setting)
+            return self._speech.lay_out(items, release, setting)
 
         if request.truncation == "disabled" or request.output_ids:
-            return fit(request.items, render, most, request.dropped_items)
+            return fit(request.items, lay_out, most, request.dropped_items)
         room = max(1, min(request.max_output_tokens, most // 4))
-        return fit_by_dropping(request.items, render, most, room, request.dropped_items)
+        return fit_by_dropping(request.items, lay_out, most, room, request.dropped_items)
 
     # -- advancing --------------------------------------------------------------------------
 
-    def _outputs(self, advanced: Advanced, now_s: float) -> list[Output]:
-        sequence, outputs = advanced.sequence, list[Output]()
-        if not sequence.announced:
-            sequence.announced = True
-            outputs.append(_started(sequence))
-        if sequence.reading:
-            outputs.append(_progress(sequence))
-        if advanced.logits is not None:
-            outputs.extend(self._sampled(sequence, advanced.logits, now_s))
+    def _outputs(self, answer: Answer, advanced: Advanced, now_s: float) -> list[Output]:
+        outputs = list[Output]()
+        if not answer.announced:
+            answer.announced = True
+            outputs.append(_started(answer))
+        if answer.sequence.reading:
+            outputs.append(_progress(answer))
+        if advanced.logits:
+            outputs.append(self._row(answer, advanced, now_s))
+        if answer.finish is not None:
+            self._forget(answer)
+            self._remember(answer)
+            outputs.append(_done(answer, answer.finish, now_s))
         return outputs
 
-    def _sampled(self, sequence: Sequence, logits: Logits, now_s: float) -> list[Output]:
-        request, seq = sequence.request, len(sequence.output)
-        token = sample(logits, request.sampling, self._manifest.tokenizer_size, request.seed, seq)
-        deltas: list[Delta] = sequence.write(token, now_s)
-        outputs: list[Output] = [Row(request.stream, request.epoch, seq, [token], [deltas])]
-        if sequence.finish is not None:
-            self._forget(sequence)
-            outputs.append(_done(sequence, sequence.finish, now_s))
-        return outputs
+    def _row(self, answer: Answer, advanced: Advanced, now_s: float) -> Row:
+        """What is chosen after the last known id, and after each drafted id as long as the choice is the draft."""
+        request, sequence = answer.request, answer.sequence
+        row = Row(request.stream, request.epoch, len(sequence.output), [], [])
+        for logits, drafted in zip(advanced.logits, (*advanced.draft, None), strict=False):
+            token = answer.choose(logits, self._manifest.tokenizer_size)
+            row.ids.append(token)
+            row.deltas.append(answer.write(token, self._logprobs(logits, token, request.sampling.top_logprobs), now_s))
+            if token != drafted or answer.finish is not None:
+                break
+            sequence.computed += 1  # the draft's position was computed with this very id
+        return row
 
-    def _forget(self, sequence: Sequence) -> None:
-        del self._sequences[sequence.request.stream]
-        self._scheduler.remove(sequence)
+    def _logprobs(self, logits: Logits, token: int, most: int) -> Logprobs | None:
+        if most < 0:
+            return None
+        chosen, top = logprobs(logits, token, most, self._manifest.tokenizer_size)
+        texts = [self._speech.bytes_of(other) for other, _ in top]
+        return Logprobs(chosen, top, self._speech.bytes_of(token), texts)
+
+    def _forget(self, answer: Answer) -> None:
+        del self._streams[answer.request.stream], self._answers[answer.sequence]
+        self._scheduler.remove(answer.sequence)
 
     def _fault(self, request: Generate, error: Exception) -> Failed:
         self._faults.append(Fault(request.stream, request.epoch, error))
@@ -232,19 +296,42 @@ class Engine:
             request, ServiceError("This answer failed inside the node and was stopped; the log names the cause.")
         )
 
+    # -- what may be asked next -------------------------------------------------------------
 
-def _started(sequence: Sequence) -> Started:
-    request = sequence.request
-    return Started(request.stream, request.epoch, len(sequence.prompt), 0, sequence.dropped_items)
+    def _remember(self, answer: Answer) -> None:
+        """Keep the conversation to be re-read, answer included, as its next turn will have it."""
+        if self._limits.prefix_blocks:
+            self._past.append(Past(answer.request, answer.dropped_items, answer.sequence.output, answer.said))
+
+    def _reread(self, past: Past) -> None:
+        """Have a conversation's beginning read through the chunk path, if it is not in the prefix store already."""
+        request = past.request
+        try:
+            fixed = what_follows(past, self._speech, self._manifest.release)
+        except Exception as error:  # nobody waits for this; the log shall know
+            self._faults.append(Fault(request.stream, request.epoch, error))
+            return
+        keys = block_keys(request.cache_salt, fixed.ids)
+        self._chains.note(fixed.keys, fixed.ends, keys)
+        keys = keys[: min(self._limits.prefix_blocks, self._limits.context_tokens // BLOCK_TOKENS)]
+        if self._store.resident(keys) < len(keys):
+            ids = fixed.ids[: len(keys) * BLOCK_TOKENS]
+            self._scheduler.reread(Sequence(ids, keys, len(ids)))
 
 
-def _progress(sequence: Sequence) -> Progress:
-    return Progress(sequence.request.stream, sequence.request.epoch, sequence.computed, len(sequence.prompt))
+def _started(answer: Answer) -> Started:
+    request, sequence = answer.request, answer.sequence
+    return Started(request.stream, request.epoch, len(sequence.prompt), sequence.cached_tokens, answer.dropped_items)
 
 
-def _done(sequence: Sequence, finish: Finish, now_s: float) -> Done:
-    request = sequence.request
-    return Done(request.stream, request.epoch, finish, sequence.usage(), sequence.timings(now_s))
+def _progress(answer: Answer) -> Progress:
+    request, sequence = answer.request, answer.sequence
+    return Progress(request.stream, request.epoch, sequence.computed, len(sequence.prompt))
+
+
+def _done(answer: Answer, finish: Finish, now_s: float) -> Done:
+    request = answer.request
+    return Done(request.stream, request.epoch, finish, answer.usage(), answer.timings(now_s))
 
 
 def _failed(request: Generate, error: EdgechatError) -> Failed:

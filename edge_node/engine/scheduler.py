@@ -1,33 +1,45 @@
 """Who runs, and what the next step computes.
 
 One rule: each sequence's computed tokens catch up with its tokens. A step has at most one chunk (of the
-sequence that was admitted first among those that still read) and one decode batch (of all that write).
+sequence that goes first among those that read) and one decode batch (of all that write). Higher priority
+goes first, then earlier arrival; for a higher priority a slot is taken away, and what it held is computed again.
+When nobody wants an answer, one sequence may be re-read for the prefix store alone; anybody else comes before it.
 Does not know sampling, speech or frames.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from bisect import insort
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from edge_node.engine.costs import StepCosts
 from edge_node.engine.ladder import LADDER, longest_within, next_stretch
 from edge_node.engine.limits import EngineLimits
+from edge_node.engine.prefix_store import PrefixStore
 from edge_node.engine.sequence import Sequence
 from edge_node.engine.slots import Slots
-from edge_node.engine.step import Chunk, Decode, Logits, StepPlan, StepResult
+from edge_node.engine.step import BLOCK_TOKENS, Chunk, Decode, Load, Logits, Move, Save, StepPlan, StepResult
 
 # The id of padding and of dummy rows.
 _FILLER = 0
 _LEAST_STALL_S = 0.05
+_RANK = attrgetter("rank")
+# Lengths at which a draft is verified: the id that is known and what may follow it.
+VERIFIED_LENGTHS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class Advanced:
-    """A sequence that a step moved on; logits [vocab] if its last known position was computed."""
+    """A sequence that a step moved on.
+
+    logits [n, vocab]: after its last known id, if that was computed, and after each id of `draft`; those
+    behind a draft's id count only if that id is what was sampled before it.
+    """
 
     sequence: Sequence
-    logits: Logits | None
+    logits: list[Logits]
+    draft: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +49,21 @@ class _Outstanding:
     plan: StepPlan
     reader: Sequence | None
     writers: list[Sequence]
+    drafter: Sequence | None
 
 
 class Scheduler:
     """Invariant: a running sequence holds exactly one slot, a waiting one none; at most one plan is outstanding."""
 
-    def __init__(self, limits: EngineLimits, costs: StepCosts) -> None:
+    def __init__(self, limits: EngineLimits, costs: StepCosts, store: PrefixStore) -> None:
         self._limits = limits
         self._costs = costs
+        self._store = store
         self._slots = Slots(limits.slots)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # by admission
+        self._waiting: list[Sequence] = []  # by rank
+        self._running: list[Sequence] = []
+        self._rereading: Sequence | None = None
+        self._arrivals = 0
         self._steps = 0
         self._outstanding: _Outstanding | None = None
 
@@ -61,10 +77,21 @@ class Scheduler:
 
     def has_room(self) -> bool:
         """Whether one more sequence may wait."""
-        return len(self._waiting) < self._slots.free + self._limits.max_waiting
+        free = self._limits.slots - len(self._running)
+        return len(self._waiting) < free + self._limits.max_waiting
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        self._arrivals += 1
+        sequence.number = self._arrivals
+        insort(self._waiting, sequence, key=_RANK)
+
+    def reread(self, sequence: Sequence) -> None:
+        """Read a prompt that nobody waits for, so that its blocks are there when somebody does.
+
+        Call only when `plan` has said that there is nothing to do; it is given up as soon as its slot is needed.
+        """
+        assert self._rereading is None
+        self._rereading = sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out. Its slot goes to nobody before the next plan, so a step under way does no harm."""
@@ -72,25 +99,29 @@ class Scheduler:
             self._waiting.remove(sequence)
             return
         self._running.remove(sequence)
-        self._slots.release(sequence.slot)
-        sequence.slot = None
+        self._vacate(sequence)
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, None when idle. Raises RuntimeError while the previous plan is not committed."""
         if self._outstanding is not None:
             raise RuntimeError("The previous plan has not been committed.")
-        self._admit(now_s)
+        loads = self._admit(now_s)
+        reader = min((sequence for sequence in self._running if sequence.reading), key=_RANK, default=None)
         if not self._running:
-            return None
-        reader = next((sequence for sequence in self._running if sequence.reading), None)
+            reader = self._rereading
         writers = sorted((s for s in self._running if not s.reading), key=_slot)
-        chunk = None if reader is None else self._chunk(reader, _span(writers))
-        decode = self._decode(writers, chunk) if writers else None
+        if reader is None and not writers:
+            return None
+        moves = self._compact(writers)
+        drafter, chunk = self._draft(writers) if reader is None else (None, None)
+        if reader is not None:
+            chunk = self._chunk(reader, _span(writers))
+        decode = self._decode(writers, chunk) if writers and drafter is None else None
+        saves = [] if reader is None or chunk is None else self._saves(reader, chunk)
         self._steps += 1
-        chunk_s = self._costs.chunk_s(len(chunk.ids)) if chunk else 0.0
-        decode_s = self._costs.decode_s(len(decode.ids)) if decode else 0.0
-        plan = StepPlan(self._steps, chunk, decode, chunk_s + decode_s)
-        self._outstanding = _Outstanding(plan, reader, writers)
+        plan = StepPlan(self._steps, chunk, decode, 0.0, moves, loads, saves)
+        plan = replace(plan, predicted_s=self._costs.predict_s(plan))
+        self._outstanding = _Outstanding(plan, reader, [] if drafter else writers, drafter)
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Advanced]:
@@ -104,49 +135,128 @@ class Scheduler:
             logits_of = dict(zip(plan.decode.wanted, _rows(result.decode_logits), strict=True))
             for sequence in outstanding.writers:
                 if sequence.slot is not None:
+                    row = sequence.slot - plan.decode.first_slot
                     sequence.computed += 1
-                    advanced.append(Advanced(sequence, logits_of.get(sequence.slot - plan.decode.first_slot)))
-        if plan.chunk is not None and outstanding.reader is not None and outstanding.reader.slot is not None:
-            reader = outstanding.reader
-            reader.computed = min(plan.chunk.start + len(plan.chunk.ids), len(reader.prompt))
-            advanced.append(Advanced(reader, next(iter(_rows(result.chunk_logits)), None)))
+                    advanced.append(Advanced(sequence, [logits_of[row]] if row in logits_of else [], []))
+        if plan.chunk is not None:
+            advanced += self._commit_chunk(outstanding, plan.chunk, _rows(result.chunk_logits))
         return advanced
 
     def check_invariants(self) -> None:
         self._slots.check_invariants()
-        held = sorted(_slot(sequence) for sequence in self._running)
+        self._store.check_invariants()
+        seated = [*self._running, *([self._rereading] if self._rereading and self._rereading.slot is not None else [])]
+        held = sorted(_slot(sequence) for sequence in seated)
         assert len(set(held)) == len(held) == self._slots.used, held
         assert all(sequence.slot is None for sequence in self._waiting)
+        assert self._waiting == sorted(self._waiting, key=_RANK)
         assert len(self._waiting) <= self._limits.slots + self._limits.max_waiting
-        for sequence in (*self._running, *self._waiting):
+        for sequence in (*seated, *self._waiting):
             sequence.check_invariants()
+
+    # -- who has a slot ---------------------------------------------------------------------
+
+    def _admit(self, now_s: float) -> list[Load]:
+        """Seat those who go first, as long as there is a slot or somebody of lower priority to take one from."""
+        loads: list[Load] = []
+        while self._waiting:
+            slot = self._slot_for(self._waiting[0])
+            if slot is None:
+                return loads
+            sequence = self._waiting.pop(0)
+            self._running.append(sequence)
+            loads += self._seat(sequence, slot, now_s)
+        rereading = self._rereading
+        if not self._running and rereading is not None and rereading.slot is None:
+            slot = self._slots.allocate(highest=True)
+            assert slot is not None
+            loads += self._seat(rereading, slot, now_s)
+        return loads
+
+    def _slot_for(self, sequence: Sequence) -> int | None:
+        slot = self._slots.allocate()
+        if slot is None and self._rereading is not None and self._rereading.slot is not None:
+            self._vacate(self._rereading)
+            self._rereading = None
+            slot = self._slots.allocate()
+        last = max(self._running, key=_RANK, default=None)
+        if slot is None and last is not None and last.priority < sequence.priority:
+            self._running.remove(last)
+            self._vacate(last)
+            insort(self._waiting, last, key=_RANK)
+            slot = self._slots.allocate()
+        return slot
+
+    def _seat(self, sequence: Sequence, slot: int, now_s: float) -> list[Load]:
+        blocks = self._store.match(sequence.keys)
+        sequence.seat(slot, len(blocks), now_s)
+        return [Load(slot, blocks)] if blocks else []
+
+    def _vacate(self, sequence: Sequence) -> None:
+        self._slots.release(_slot(sequence))
+        sequence.unseat()
+
+    def _compact(self, writers: list[Sequence]) -> list[Move]:
+        """Move the last writer into a free slot below it, when the shorter batch will make up for the copy.
+
+        A sequence is taken to go on for as long as it has gone on.
+        """
+        hole = self._slots.lowest_free
+        if hole is None or len(writers) < 2 or hole > _slot(writers[-1]):
+            return []
+        last, others = writers[-1], [_slot(writer) for writer in writers[:-1]]
+        after = max(*others, hole) + 1 - min(*others, hole)
+        saved_s = self._costs.decode_s(_span(writers)) - self._costs.decode_s(after)
+        steps = min(len(last.output), last.limit_tokens - last.tokens)
+        if saved_s * steps <= self._costs.copy_s(last.computed):
+            return []
+        source, target = _slot(last), self._slots.allocate()
+        assert target is not None
+        self._slots.release(source)
+        last.slot = target
+        writers.sort(key=_slot)
+        return [Move(source, target, last.computed)]
 
     # -- the parts of a plan ----------------------------------------------------------------
 
-    def _admit(self, now_s: float) -> None:
-        while self._waiting and self._slots.free:
-            sequence = self._waiting.popleft()
-            sequence.slot = self._slots.allocate()
-            sequence.admitted_s = now_s
-            self._running.append(sequence)
-
     def _chunk(self, reader: Sequence, decode_rows: int) -> Chunk:
         prompt, most = reader.prompt, self._limits.chunk_tokens
-        if decode_rows:
-            most = longest_within(
-                {step: self._costs.chunk_s(step) for step in LADDER}, self._stall_s(decode_rows), most
-            )
+        if decode_rows or reader is self._rereading:
+            costs = {step: self._costs.chunk_s(step) for step in LADDER}
+            most = longest_within(costs, self._stall_s(decode_rows), most)
         stretch = next_stretch(reader.computed, len(prompt), self._limits.context_tokens, most)
         ids = prompt[stretch.start : stretch.start + stretch.length]
         ends_prompt = stretch.start + stretch.length >= len(prompt)
         # The last position of the prompt is sampled from, unless its successor is already known.
-        wanted = [len(ids) - 1] if ends_prompt and not reader.output else []
+        samples = ends_prompt and not reader.output and reader is not self._rereading
+        wanted = [len(ids) - 1] if samples else []
         return Chunk(_slot(reader), stretch.start, ids + [_FILLER] * (stretch.length - len(ids)), wanted)
 
     def _stall_s(self, decode_rows: int) -> float:
         if self._limits.max_stall_ms > 0:
             return self._limits.max_stall_ms / 1e3
-        return max(_LEAST_STALL_S, 2 * self._costs.decode_s(decode_rows))
+        return max(_LEAST_STALL_S, 2 * self._costs.decode_s(decode_rows) if decode_rows else 0.0)
+
+    def _saves(self, reader: Sequence, chunk: Chunk) -> list[Save]:
+        """Keep the whole blocks of the prompt that the slot holds after the chunk, as far as they are not kept yet."""
+        known = min(chunk.start + len(chunk.ids), len(reader.prompt))
+        first, blocks = self._store.insert(reader.keys[: known // BLOCK_TOKENS])
+        return [Save(chunk.slot, first, blocks)] if blocks else []
+
+    def _draft(self, writers: list[Sequence]) -> tuple[Sequence | None, Chunk | None]:
+        """Several ids of a lone writer at once, when that promises to be faster than one after another."""
+        if not self._limits.speculation or len(writers) != 1:
+            return None, None
+        writer = writers[0]
+        if writer.speculator is None or not writer.wants_sample:
+            return None, None
+        room = writer.limit_tokens - writer.tokens
+        lengths = [length for length in VERIFIED_LENGTHS if length <= room]
+        draft = writer.speculator.draft(lengths, self._costs.decode_s(1), self._costs.verify_s)
+        if not draft:
+            return None, None
+        ids = [writer.next_id, *draft]
+        return writer, Chunk(_slot(writer), writer.computed, ids, list(range(len(ids))))
 
     def _decode(self, writers: list[Sequence], chunk: Chunk | None) -> Decode:
         """Rows for every slot between the first and the last writer, dummies where nobody writes.
@@ -168,6 +278,21 @@ class Scheduler:
                 ends[row] = sequence.computed + 1
         wanted = [_slot(sequence) - lo for sequence in writers if sequence.wants_sample]
         return Decode(lo, ids, ends, wanted)
+
+    def _commit_chunk(self, outstanding: _Outstanding, chunk: Chunk, rows: list[Logits]) -> list[Advanced]:
+        drafter, reader = outstanding.drafter, outstanding.reader
+        if drafter is not None and drafter.slot is not None:
+            drafter.computed += 1
+            return [Advanced(drafter, rows, chunk.ids[1:])]
+        if reader is None or reader.slot is None:
+            return []
+        reader.computed = min(chunk.start + len(chunk.ids), len(reader.prompt))
+        if reader is not self._rereading:
+            return [Advanced(reader, rows, [])]
+        if not reader.reading:
+            self._vacate(reader)
+            self._rereading = None
+        return []
 
 
 def _slot(sequence: Sequence) -> int:

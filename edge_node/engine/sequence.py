@@ -1,41 +1,56 @@
-"""One request inside the engine.
+"""Ids, and how many of them a slot holds.
 
     positions   0 ............ prompt ............ P ...... output ...... P + len(output)
     in the KV   [------- computed -------)
 
 A sequence is *reading* while computed < P, else *writing*. Whatever its history, its computed tokens
-catch up with its tokens: prompt positions through the chunk path, output positions through the
-one-token path, ids that were given like ids that were sampled.
-Does not know slots beyond the number it holds, nor other sequences.
+catch up with its tokens: prompt positions through the chunk path (or copied from prefix blocks, which
+hold the same bits), output positions through the one-token path, ids that were given like ids that
+were sampled. Only drafts go through the chunk path beyond the prompt (docs/decisions/025-speculation.md).
+Does not know slots beyond the number it holds, nor other sequences, nor what is said.
 """
 
 from __future__ import annotations
 
-from core.frames import Delta, Finish, Generate, Timings, Usage
-from edge_node.engine.speech import Parser
-from edge_node.engine.window import Fitted
+from edge_node.engine.speculation import Speculator
+from edge_node.engine.step import BLOCK_TOKENS
 
 
 class Sequence:
-    """Invariant: 0 <= computed < tokens while it is not finished."""
+    """Invariant: 0 <= computed < tokens while it is scheduled.
 
-    def __init__(self, request: Generate, fitted: Fitted, parser: Parser, context_tokens: int, now_s: float) -> None:
-        self.request = request
-        self.prompt = fitted.ids
-        self.dropped_items = fitted.dropped_items
+    keys: of the prompt's whole blocks. limit_tokens: prompt and output together never get longer.
+    priority: higher goes first. speculator: drafts what may follow, None where that is not wanted.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        keys: list[bytes],
+        limit_tokens: int,
+        priority: int = 0,
+        speculator: Speculator | None = None,
+    ) -> None:
+        self.prompt = prompt
+        self.keys = keys
+        self.limit_tokens = limit_tokens
+        self.priority = priority
+        self.speculator = speculator
         self.output: list[int] = []
         self.computed = 0
         self.slot: int | None = None
-        self.announced = False
+        self.number = 0  # by arrival
         self.admitted_s: float | None = None
-        self._parser = parser
-        self._most_output = min(request.max_output_tokens, context_tokens - len(fitted.ids))
-        self._received_s = now_s
-        self._answered_s: float | None = None
+        self.cached_tokens = 0  # of the first admission
 
     @property
     def tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first has the lowest."""
+        return -self.priority, self.number
 
     @property
     def reading(self) -> bool:
@@ -51,48 +66,23 @@ class Sequence:
         """The output id whose position is computed next; only while writing."""
         return self.output[self.computed - len(self.prompt)]
 
-    @property
-    def finish(self) -> Finish | None:
-        """Why it is complete, None if it is not."""
-        if self._parser.stopped:
-            return "stop"
-        return "length" if len(self.output) >= self._most_output else None
-
-    def replay(self, output_ids: list[int]) -> None:
-        """Take ids that the client already has: the parser hears them, nobody else does."""
-        for token in output_ids:
-            if self.finish is not None:
-                return
-            self._push(token)
-
-    def write(self, token: int, now_s: float) -> list[Delta]:
-        """Take a sampled id; what it makes the model say."""
-        if self._answered_s is None:
-            self._answered_s = now_s
-        return self._push(token)
-
-    def _push(self, token: int) -> list[Delta]:
+    def append(self, token: int) -> None:
         self.output.append(token)
-        return self._parser.push(token, last=len(self.output) >= self._most_output)
+        if self.speculator is not None:
+            self.speculator.push(token)
 
-    def usage(self) -> Usage:
-        return Usage(
-            input_tokens=len(self.prompt),
-            cached_tokens=0,
-            output_tokens=len(self.output),
-            reasoning_tokens=self._parser.reasoning_tokens,
-        )
+    def seat(self, slot: int, cached_blocks: int, now_s: float) -> None:
+        """Take a slot into which that many blocks of the prompt will be copied; the last id is always read anew."""
+        self.slot = slot
+        self.computed = min(cached_blocks * BLOCK_TOKENS, len(self.prompt) - 1)
+        if self.admitted_s is None:
+            self.admitted_s, self.cached_tokens = now_s, self.computed
 
-    def timings(self, now_s: float) -> Timings:
-        """Up to now; a stage that was not reached lasted until now or not at all."""
-        admitted_s = now_s if self.admitted_s is None else self.admitted_s
-        answered_s = now_s if self._answered_s is None else self._answered_s
-        return Timings(
-            queue_ms=1e3 * (admitted_s - self._received_s),
-            prefill_ms=1e3 * (answered_s - admitted_s),
-            decode_ms=1e3 * (now_s - answered_s),
-        )
+    def unseat(self) -> None:
+        """Leave the slot; everything is to be computed again."""
+        self.slot = None
+        self.computed = 0
 
     def check_invariants(self) -> None:
-        assert 0 <= self.computed < self.tokens, (self.computed, self.tokens)
-        assert self.finish is None
+        assert 0 <= self.computed < self.tokens <= self.limit_tokens, (self.computed, self.tokens, self.limit_tokens)
+        assert len(self.keys) == len(self.prompt) // BLOCK_TOKENS

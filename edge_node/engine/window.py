@@ -13,30 +13,31 @@ from typing import TypeAlias
 
 from core.conversation import Item
 from core.errors import ContextTooLong
+from edge_node.engine.speech import Rendered
 
-Render: TypeAlias = Callable[[list[Item]], list[int]]
+LayOut: TypeAlias = Callable[[list[Item]], Rendered]
 
 _KEPT_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Prompt ids, and how many of the oldest items that may be dropped were."""
+    """A prompt, and how many of the oldest items that may be dropped were."""
 
-    ids: list[int]
+    prompt: Rendered
     dropped_items: int
 
 
-def fit(items: list[Item], render: Render, context_tokens: int, dropped_items: int) -> Fitted:
+def fit(items: list[Item], lay_out: LayOut, context_tokens: int, dropped_items: int) -> Fitted:
     """Exactly this cut, with room for one output id; raises ContextTooLong."""
-    ids = render(without_oldest(items, dropped_items))
-    if len(ids) + 1 > context_tokens:
-        raise ContextTooLong(len(ids), context_tokens)
-    return Fitted(ids, dropped_items)
+    prompt = lay_out(without_oldest(items, dropped_items))
+    if len(prompt.ids) + 1 > context_tokens:
+        raise ContextTooLong(len(prompt.ids), context_tokens)
+    return Fitted(prompt, dropped_items)
 
 
 def fit_by_dropping(
-    items: list[Item], render: Render, context_tokens: int, room_tokens: int, least_dropped: int
+    items: list[Item], lay_out: LayOut, context_tokens: int, room_tokens: int, least_dropped: int
 ) -> Fitted:
     """The smallest cut of at least `least_dropped` items that leaves room for an answer.
 
@@ -44,23 +45,23 @@ def fit_by_dropping(
     one output id fits. Raises ContextTooLong.
     """
     cuts = [cut for cut in cuts_of(items) if cut >= least_dropped] or [least_dropped]
-    rendered: dict[int, list[int]] = {}
+    prompts: dict[int, Rendered] = {}
 
     def fits(cut: int) -> bool:
         try:
-            rendered[cut] = render(without_oldest(items, cut))
+            prompts[cut] = lay_out(without_oldest(items, cut))
         except ContextTooLong:
             return False
-        return len(rendered[cut]) + room_tokens <= context_tokens
+        return len(prompts[cut].ids) + room_tokens <= context_tokens
 
     if not fits(cuts[0]):
         # Dropping more never makes the prompt longer, so the cuts can be searched by halves.
         at = bisect_left(cuts, True, lo=1, key=fits)
         cuts = cuts[min(at, len(cuts) - 1) :]
-    ids = rendered.get(cuts[0]) or render(without_oldest(items, cuts[0]))
-    if len(ids) + 1 > context_tokens:
-        raise ContextTooLong(len(ids), context_tokens)
-    return Fitted(ids, cuts[0])
+    prompt = prompts.get(cuts[0]) or lay_out(without_oldest(items, cuts[0]))
+    if len(prompt.ids) + 1 > context_tokens:
+        raise ContextTooLong(len(prompt.ids), context_tokens)
+    return Fitted(prompt, cuts[0])
 
 
 def without_oldest(items: list[Item], dropped_items: int) -> list[Item]:

@@ -130,7 +130,7 @@ def test_eight_chats_at_once_give_bit_for_bit_what_each_gives_alone(
 def test_chunk_lengths_and_padding_change_no_bit(
     runner: Runner, manifest: Manifest, speech: Speech, bits: dict[tuple[int, int], str], chunk_tokens: int
 ) -> None:
-    prompt = speech.render(request(manifest, 0).items, manifest.release)
+    prompt = speech.lay_out(request(manifest, 0).items, manifest.release).ids
     assert len(prompt) < 48, "one chunk of 48 is padded"
     one = request(manifest, 0, most=3)
     say(runner, manifest, speech, [one])
@@ -192,10 +192,10 @@ def test_one_thread_and_two_give_the_same_bits(
 
 def test_the_next_turn_begins_with_what_was_seen_and_said(manifest: Manifest, speech: Speech) -> None:
     first = [Item("message", "user", "Hi")]
-    prompt = speech.render(first, manifest.release)
+    prompt = speech.lay_out(first, manifest.release).ids
     generated = [4093, 28, 638, 506]
     answer = Item("message", "assistant", "whatever it read like", generated, manifest.release)
-    again = speech.render([*first, answer, Item("message", "user", "<|im_end|> and?")], manifest.release)
+    again = speech.lay_out([*first, answer, Item("message", "user", "<|im_end|> and?")], manifest.release).ids
     assert again[: len(prompt) + 5] == [*prompt, *generated, manifest.stop_ids[0]]
 
 
