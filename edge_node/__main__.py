@@ -22,12 +22,13 @@ from edge_node.config import EdgeSettings, ListenSection, read_settings
 from edge_node.logs import setup_logging
 from edge_node.node import Node
 from edge_node.release.model_store import Release, open_release, verify
-from edge_node.runtime.child import Child
+from edge_node.runtime.child import WORKER, Child
 
 log = logging.getLogger("edge_node")
 
 
-def main() -> int:
+def main(worker: str = WORKER) -> int:
+    """The exit code. worker: the module that engine processes run."""
     # Until the event loop takes over, Ctrl-C just ends the process: no traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     arguments = _arguments()
@@ -40,7 +41,7 @@ def main() -> int:
             return 0
         if arguments.verify:
             return _verify(settings)
-        return _serve(settings)
+        return _serve(settings, worker)
     except ConfigError as error:
         print(error.message, file=sys.stderr)
         return 2
@@ -49,20 +50,25 @@ def main() -> int:
         return 1
 
 
-def _serve(settings: EdgeSettings) -> int:
+def _serve(settings: EdgeSettings, worker: str) -> int:
     setup_logging(settings.log.level)
     secret = _read_secret(settings.link.secret_file)
     tls = _tls(settings.listen, settings.link.client_ca)
     release = open_release(Path(settings.node.release))
     with _bind(settings.listen) as listener:
-        asyncio.run(_run(settings, release, secret, listener, tls))
+        asyncio.run(_run(settings, release, worker, secret, listener, tls))
     return 0
 
 
 async def _run(
-    settings: EdgeSettings, release: Release, secret: str, listener: socket.socket, tls: ssl.SSLContext | None
+    settings: EdgeSettings,
+    release: Release,
+    worker: str,
+    secret: str,
+    listener: socket.socket,
+    tls: ssl.SSLContext | None,
 ) -> None:
-    node = Node(settings, release.manifest, lambda: Child.spawn(settings.log.level), secret)
+    node = Node(settings, release.manifest, lambda: Child.spawn(settings.log.level, worker), secret)
     signals = 0
 
     def on_signal(number: signal.Signals) -> None:

@@ -19,6 +19,7 @@ from edge_node.runtime.pipe import HEADER_BYTES, MAX_BODY_BYTES, ToChild, ToPare
 
 log = logging.getLogger("edge_node.child")
 
+WORKER = "edge_node.runtime.worker"
 # What may wait for a child that does not read.
 MAX_BACKLOG_BYTES = 2 * MAX_BODY_BYTES
 # A child ends on end of file at once; whoever does not is killed.
@@ -49,7 +50,7 @@ class EngineProcess(Protocol):
 
 
 class Child:
-    """An exec'd `python -m edge_node.runtime.worker` at the other end of a socketpair."""
+    """An exec'd `python -m` WORKER at the other end of a socketpair."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -59,12 +60,15 @@ class Child:
         self._writer = writer
 
     @classmethod
-    async def spawn(cls, log_level: str) -> Child:
-        """Call from the main thread: the child asks to die with the thread that started it. Raises OSError."""
+    async def spawn(cls, log_level: str, worker: str = WORKER) -> Child:
+        """Call from the main thread: the child asks to die with the thread that started it. Raises OSError.
+
+        worker: the module to start; it takes the arguments of WORKER.
+        """
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                command = [sys.executable, "-m", "edge_node.runtime.worker", "--fd", str(theirs.fileno())]
+                command = [sys.executable, "-m", worker, "--fd", str(theirs.fileno())]
                 process = subprocess.Popen(
                     [*command, "--parent", str(os.getpid()), "--log-level", log_level],
                     pass_fds=[theirs.fileno()],
