@@ -1,10 +1,9 @@
-"""Tokens per second of a release, without router, link or speech.
+"""The graph alone: run a decode batch, take the best id of each row, again. What every loop around it is held against.
 
     python -m tests.bench.bare_loop releases/smollm2-135m --threads 2
+    python -m tests.bench.bare_loop releases/smollm2-135m --serve       one JSON request a line, see `Asked`
 
-Two loops over the same runner, alternating: the bare one (run a decode batch, take the best id, again)
-and the engine's own (plan, run, sample, parse, commit). Their difference is what the engine costs.
-Prints one JSON object; figures are medians.
+KV bound in place, no router, link, speech, scheduler or sampling. Prints JSON, a line an answer.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
+import msgspec
 
-from core.conversation import Item
-from core.frames import Generate, Row, Sampling
 from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
-from edge_node.engine.engine import Engine, EngineLimits
-from edge_node.engine.sampling import sample
-from edge_node.engine.speech import open_speech
-from edge_node.engine.step import Chunk, Decode, StepPlan
+from edge_node.engine.ladder import LADDER
+from edge_node.engine.step import Chunk, Decode, StepPlan, StepRunner
 from edge_node.runtime.runner import Runner
 
 SLOTS = 8
@@ -32,99 +28,93 @@ CONTEXT_TOKENS = 1024
 PROMPT_TOKENS = 128
 
 
-def main() -> None:
-    """Measure and print."""
-    options = _options()
-    manifest = decode_manifest((options.release / MANIFEST_NAME).read_bytes(), str(options.release))
-    runner = Runner.open(options.release, manifest, "cpu", options.threads, SLOTS, CONTEXT_TOKENS)
-    runner.warm_up()
-    report: dict[str, object] = {
-        "release": manifest.release,
-        "onnxruntime": onnxruntime.__version__,
-        "threads": options.threads,
-    }
-    for streams in (1, SLOTS):
-        if options.bare:
-            steps_s = [bare_step_s(runner, streams, options.steps) for _ in range(options.repeats)]
-            report[f"streams_{streams}"] = {"bare_tokens_s": round(streams / statistics.median(steps_s), 1)}
-            continue
-        bare, engine = [], []
-        for _ in range(options.repeats):
-            bare.append(bare_step_s(runner, streams, options.steps))
-            engine.append(engine_step_s(runner, options.release, manifest, streams, options.steps))
-        report[f"streams_{streams}"] = {
-            "bare_tokens_s": round(streams / statistics.median(bare), 1),
-            "engine_tokens_s": round(streams / statistics.median(engine), 1),
-            "engine_overhead_ms_a_step": round(1e3 * (statistics.median(engine) - statistics.median(bare)), 3),
-        }
-    if not options.bare:
-        report["prefill_tokens_s"] = {length: round(prefill_rate(runner, length)) for length in (128, 256, 512)}
-        report["sampler_us"] = sampler_us(manifest)
-    print(json.dumps(report, indent=2))
+class Asked(msgspec.Struct, frozen=True):
+    """A request to a serving loop: read these ids, one prompt a slot, and time so many steps after them."""
+
+    prompts: list[list[int]]
+    steps: int
 
 
-def prefill_rate(runner: Runner, length: int) -> float:
-    """Tokens per second of a prompt's first chunk."""
+class BareLoop:
+    """One batch in adjacent slots, all rows wanted."""
+
+    def __init__(self, runner: StepRunner, prompts: Sequence[Sequence[int]], first_slot: int = 0) -> None:
+        """Reads the prompts; at least two ids each."""
+        self._runner = runner
+        self._first_slot = first_slot
+        self._ends = [len(prompt) for prompt in prompts]
+        self._ids = [1] * len(prompts)
+        for row, prompt in enumerate(prompts):
+            read(runner, first_slot + row, prompt)
+
+    def step(self) -> None:
+        """One id for each prompt."""
+        self._ends = [end + 1 for end in self._ends]
+        decode = Decode(self._first_slot, self._ids, self._ends, list(range(len(self._ids))))
+        logits = self._runner.run(StepPlan(0, None, decode, 0.0)).decode_logits
+        assert logits is not None
+        self._ids = [int(row.argmax()) for row in logits]
+
+
+def read(runner: StepRunner, slot: int, ids: Sequence[int]) -> None:
+    """Put a prompt into a slot: whole chunks of the ladder, its end padded (decoding overwrites that)."""
+    most = LADDER[-1]
+    for start in range(0, len(ids), most):
+        piece = list(ids[start : start + most])
+        length = next(step for step in LADDER if step >= len(piece))
+        runner.run(StepPlan(0, Chunk(slot, start, piece + [0] * (length - len(piece)), []), None, 0.0))
+
+
+def tokens_s(runner: StepRunner, prompts: Sequence[Sequence[int]], steps: int) -> float:
+    """Tokens per second of all rows together, over all steps."""
+    loop = BareLoop(runner, prompts)
+    loop.step()  # the first of a shape allocates
+    began = time.perf_counter()
+    for _ in range(steps):
+        loop.step()
+    return steps * len(prompts) / (time.perf_counter() - began)
+
+
+def prefill_tokens_s(runner: StepRunner, length: int, repeats: int = 3) -> float:
+    """Tokens per second of a prompt's first chunk, of a length on the ladder."""
     plan = StepPlan(0, Chunk(0, 0, [7] * length, []), None, 0.0)
     runner.run(plan)
-    return length / statistics.median(runner.run(plan).chunk_s for _ in range(5))
+    return length / statistics.median(runner.run(plan).chunk_s for _ in range(repeats))
 
 
-def bare_step_s(runner: Runner, streams: int, steps: int) -> float:
-    """Median seconds of a decode step, the best id taken and nothing else."""
-    for slot in range(streams):
-        runner.run(StepPlan(0, Chunk(slot, 0, [7 + slot] * PROMPT_TOKENS, []), None, 0.0))
-    ids, seconds = [7] * streams, []
-    for step in range(steps):
-        began = time.perf_counter()
-        decode = Decode(0, ids, [PROMPT_TOKENS + step + 1] * streams, list(range(streams)))
-        logits = runner.run(StepPlan(0, None, decode, 0.0)).decode_logits
-        assert logits is not None
-        ids = [int(row.argmax()) for row in logits]
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def open_runner(folder: Path, threads: int, slots: int = SLOTS, context_tokens: int = CONTEXT_TOKENS) -> Runner:
+    """A release's graph, warm."""
+    runner = Runner.open(folder, read_manifest(folder), "cpu", threads, slots, context_tokens)
+    runner.warm_up()
+    return runner
 
 
-def engine_step_s(runner: Runner, folder: Path, manifest: Manifest, streams: int, steps: int) -> float:
-    """Median seconds of a step in which all streams write, sampled at temperature 0.7 and top-p 0.95."""
-    endless = Manifest(**{**{name: getattr(manifest, name) for name in Manifest.__struct_fields__}, "stop_ids": []})
-    speech = open_speech(endless, lambda name: (folder / name).read_text())
-    limits = EngineLimits(slots=SLOTS, context_tokens=CONTEXT_TOKENS, max_waiting=0, max_stall_ms=60_000)
-    engine = Engine(endless, speech, limits)
-    for stream in range(streams):
-        items = [Item("message", "user", " river" * (PROMPT_TOKENS - 30))]
-        sampling = Sampling(0.7, 0.95)
-        engine.submit(Generate(str(stream), 1, manifest.release, items, [], stream, sampling, [], CONTEXT_TOKENS), 0.0)
-    seconds: list[float] = []
-    while len(seconds) < steps:
-        began = time.perf_counter()
-        plan = engine.plan(began)
-        assert plan is not None
-        outputs = engine.commit(plan, runner.run(plan), began)
-        if plan.chunk is None and sum(isinstance(output, Row) for output in outputs) == streams:
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def read_manifest(folder: Path) -> Manifest:
+    return decode_manifest((folder / MANIFEST_NAME).read_bytes(), str(folder))
 
 
-def sampler_us(manifest: Manifest) -> dict[str, int]:
-    """Median microseconds to sample one row that is shaped like a real one: a few likely ids, a long tail."""
-    rows = np.random.default_rng(1).standard_normal((50, manifest.vocab_size)).astype(np.float32) * 3
-    modes = {
-        "greedy": Sampling(0.0),
-        "temperature": Sampling(0.7),
-        "top_p": Sampling(0.7, 0.95),
-        "top_k": Sampling(0.7, 1.0, 40),
-    }
-    return {name: round(1e6 * _sampler_s(rows, mode, manifest.tokenizer_size)) for name, mode in modes.items()}
+def serve(runner: StepRunner) -> None:
+    """Answer each line of stdin until it ends."""
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        asked = msgspec.json.decode(line, type=Asked)
+        print(json.dumps({"tokens_s": tokens_s(runner, asked.prompts, asked.steps)}), flush=True)
 
 
-def _sampler_s(rows: np.ndarray, sampling: Sampling, size: int) -> float:
-    seconds = []
-    for position, row in enumerate(rows):
-        began = time.perf_counter()
-        sample(row, sampling, size, 1, position)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def main() -> None:
+    """Measure and print, or serve."""
+    options = _options()
+    runner = open_runner(options.release, options.threads)
+    if options.serve:
+        serve(runner)
+        return
+    report: dict[str, object] = {"release": read_manifest(options.release).release, "threads": options.threads}
+    for streams in (1, SLOTS):
+        prompts = [[7 + slot] * PROMPT_TOKENS for slot in range(streams)]
+        rates = [tokens_s(runner, prompts, options.steps) for _ in range(options.repeats)]
+        report[f"streams_{streams}"] = {"bare_tokens_s": round(statistics.median(rates), 1)}
+    report["prefill_tokens_s"] = {length: round(prefill_tokens_s(runner, length)) for length in (128, 256, 512)}
+    print(json.dumps(report, indent=2))
 
 
 def _options() -> argparse.Namespace:
@@ -132,8 +122,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("release", type=Path, help="folder with manifest.json")
     parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime (default 1)")
     parser.add_argument("--steps", type=int, default=64, help="decode steps of a measurement (default 64)")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each loop (default 3)")
-    parser.add_argument("--bare", action="store_true", help="the bare loop only")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements (default 3)")
+    parser.add_argument("--serve", action="store_true", help="answer requests on stdin")
     return parser.parse_args()
 
 

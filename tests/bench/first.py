@@ -54,7 +54,7 @@ def measure_export() -> list[Figure]:
 def bare_loop() -> dict[int, float]:
     """Tokens per second of the graph alone, by number of streams, in a process of its own."""
     command = [sys.executable, "-m", "tests.bench.bare_loop", str(RELEASE)]
-    command += ["--threads", str(THREADS), "--steps", str(NEW_TOKENS // 2), "--repeats", "1", "--bare"]
+    command += ["--threads", str(THREADS), "--steps", str(NEW_TOKENS // 2), "--repeats", "1"]
     printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     measured = json.loads(printed)
     return {streams: measured[f"streams_{streams}"]["bare_tokens_s"] for streams in STREAMS}
