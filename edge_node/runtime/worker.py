@@ -259,6 +259,7 @@ def _open_release(load: Load) -> Release:
 def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
     # Imported here, so that a missing package is told to the node like every other reason not to serve.
     from edge_node.engine.engine import Engine, EngineLimits
+    from edge_node.engine.grammar import Grammars
     from edge_node.engine.speech import open_speech
     from edge_node.runtime.pools import blocks_within
     from edge_node.runtime.runner import Runner
@@ -266,6 +267,7 @@ def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
     manifest = release.manifest
     check_servable(manifest, load.device)
     speech = open_speech(manifest, release.read_text)
+    grammars = Grammars.open(manifest, release.read_text(manifest.tokenizer), speech.closing_ids)
     prefix_blocks = blocks_within(manifest.kv, load.kv_cache_bytes)
     limits = EngineLimits(
         slots=load.slots,
@@ -275,7 +277,7 @@ def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
         prefix_blocks=prefix_blocks,
         speculation=load.speculation,
     )
-    engine = Engine(manifest, speech, limits)
+    engine = Engine(manifest, speech, limits, grammars)
     runner = Runner.open(
         release.folder,
         manifest,
