@@ -14,7 +14,6 @@ from core.errors import RequestError
 from core.stream import Request
 from router.errors import MalformedBody
 
-MAX_STOP = 4
 _EFFORTS = {"none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -65,20 +64,6 @@ def read_fields(body: dict[str, Any], kind: type[T]) -> T:
         raise RequestError(f"`{field}` is unusable: {problem}.", param=field or None) from error
 
 
-def function_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The functions among the offered tools, every field present; hosted tools are not ours and left out."""
-    kept: list[dict[str, Any]] = []
-    for index, tool in enumerate(tools):
-        if tool.get("type") != "function":
-            continue
-        name, parameters = tool.get("name"), tool.get("parameters")
-        if not isinstance(name, str) or not isinstance(parameters, dict | None):
-            raise RequestError(f"`tools[{index}]` needs a name and an object `parameters`.", param="tools")
-        described = {"description": tool.get("description"), "parameters": parameters, "strict": tool.get("strict")}
-        kept.append({"type": "function", "name": name, **described})
-    return kept
-
-
 def effort(asked: str | None) -> str | None:
     """The effective reasoning effort of gpt-oss, which knows three."""
     if asked is None:
@@ -89,15 +74,11 @@ def effort(asked: str | None) -> str | None:
     return _EFFORTS[asked]
 
 
-def stop_strings(stop: str | list[str] | None) -> list[str]:
-    """`stop` as a list; raises RequestError for too many or empty ones."""
-    listed = [stop] if isinstance(stop, str) else list(stop or [])
-    if len(listed) > MAX_STOP or not all(listed):
-        raise RequestError(f"`stop` takes up to {MAX_STOP} strings that are not empty.", param="stop")
-    return listed
+def text_parts(response: dict[str, Any]) -> list[dict[str, Any]]:
+    """All parts of all messages of a response object."""
+    return [part for item in response["output"] if item["type"] == "message" for part in item["content"]]
 
 
 def output_text(response: dict[str, Any]) -> str:
     """All message text of a response object."""
-    messages = (item for item in response["output"] if item["type"] == "message")
-    return "".join(part["text"] for item in messages for part in item["content"])
+    return "".join(part["text"] for part in text_parts(response))

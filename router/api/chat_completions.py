@@ -14,7 +14,10 @@ from msgspec import Meta
 from core.conversation import MAX_ITEMS, Item, text_of
 from core.errors import RequestError
 from core.stream import Event, Request
-from router.api.call import Call, effort, function_tools, output_text, read_fields, stop_strings
+from router.api.call import Call, effort, output_text, read_fields, text_parts
+from router.api.fields import CommonFields, common
+from router.api.formats import ChatFormat, text_format
+from router.api.tools import effective_choice, flat_choice, flat_tool, function_tools
 from router.config import Defaults
 
 Chunk: TypeAlias = dict[str, Any]
@@ -42,21 +45,17 @@ class _Message(msgspec.Struct):
     tool_call_id: str | None = None
 
 
-class _Body(msgspec.Struct):
+class _Body(CommonFields, kw_only=True):
     model: str
     messages: list[_Message]
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
     logprobs: bool | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ChatFormat | None = None
     reasoning_effort: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
@@ -72,21 +71,21 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> ChatCall:
     """A chat completion to answer; raises RequestError naming the field that cannot be used."""
     fields = read_fields(body, _Body)
     _refuse_unservable(fields)
+    tools = function_tools([flat_tool(tool) for tool in fields.tools or []])
     limit = fields.max_completion_tokens or fields.max_tokens or defaults.max_output_tokens
     request = Request(
         model=fields.model,
         input=_items(fields.messages),
         store=False,
-        temperature=defaults.temperature if fields.temperature is None else fields.temperature,
-        top_p=defaults.top_p if fields.top_p is None else fields.top_p,
-        top_k=fields.top_k or 0,
         max_output_tokens=limit,
-        stop=stop_strings(fields.stop),
         # Asked for always: the chunks carry it, and a model that does not reason sends none.
         reasoning={"effort": effort(fields.reasoning_effort), "summary": None},
-        tools=function_tools([_flat_tool(tool) for tool in fields.tools or []]),
-        tool_choice=fields.tool_choice or "auto",
+        text={"format": text_format(fields.response_format, "response_format")},
+        tools=tools,
+        tool_choice=effective_choice(flat_choice(fields.tool_choice), tools),
         user=fields.user,
+        logprobs=bool(fields.logprobs),
+        **common(fields, defaults, seeded=fields.seed is not None),
     )
     # Any integer is a seed in this dialect; the engine's has 63 bits.
     seed = None if fields.seed is None else fields.seed % 2**63
@@ -97,11 +96,8 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> ChatCall:
 def _refuse_unservable(fields: _Body) -> None:
     if fields.n not in (None, 1):
         raise RequestError(f"`n` is {fields.n}; one choice a request is served, send several requests.", param="n")
-    if fields.logprobs:
-        raise RequestError("`logprobs` is not served here; leave it out.", param="logprobs")
-    form = (fields.response_format or {}).get("type", "text")
-    if form != "text":
-        raise RequestError(f"`response_format` {form!r} is not served here; only text is.", param="response_format")
+    if fields.top_logprobs and not fields.logprobs:
+        raise RequestError("`top_logprobs` goes with `logprobs`: set that to true as well.", param="top_logprobs")
     if not fields.messages:
         raise RequestError("`messages` is empty; send at least one.", param="messages")
     if len(fields.messages) > MAX_ITEMS:
@@ -127,14 +123,8 @@ def _said(message: _Message, where: str) -> list[Item]:
     return [Item("message", message.role, text_of(message.content, where)), *calls]
 
 
-def _flat_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """This dialect nests a function under `function`; the Responses dialect, and our nodes, do not."""
-    function = tool.get("function")
-    return {"type": tool.get("type"), **function} if isinstance(function, dict) else tool
-
-
-def completion(response: dict[str, Any]) -> dict[str, Any]:
-    """A finished response object as one `chat.completion`."""
+def completion(response: dict[str, Any], *, logprobs: bool = False) -> dict[str, Any]:
+    """A finished response object as one `chat.completion`; logprobs: whether they were asked for."""
     calls = [item for item in response["output"] if item["type"] == "function_call"]
     message: dict[str, Any] = {"role": "assistant", "content": output_text(response), "refusal": None}
     thought = "".join(
@@ -145,7 +135,9 @@ def completion(response: dict[str, Any]) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = [_tool_call(call) for call in calls]
         message["content"] = message["content"] or None
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(response)}
+    told = [entry for part in text_parts(response) for entry in part["logprobs"]]
+    choice = {"index": 0, "message": message, "logprobs": _logprobs(told) if logprobs else None}
+    choice["finish_reason"] = finish_reason(response)
     return _head(response, "chat.completion") | {"choices": [choice], "usage": usage(response)}
 
 
@@ -174,8 +166,14 @@ def _tool_call(item: dict[str, Any]) -> dict[str, Any]:
     return {"id": item["call_id"], "type": "function", "function": function}
 
 
+def _logprobs(content: list[dict[str, Any]]) -> dict[str, Any]:
+    """The SDK's `ChoiceLogprobs`; its entries are those of the response's own text."""
+    return {"content": content, "refusal": None}
+
+
 def _head(response: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {"id": response["id"], "object": kind, "created": response["created_at"], "model": response["model"]}
+    head = {"id": response["id"], "object": kind, "created": response["created_at"], "model": response["model"]}
+    return head | {"service_tier": response["service_tier"]}
 
 
 class ChatStream:
@@ -188,12 +186,18 @@ class ChatStream:
         self._include_usage = include_usage
         self._calls = 0
         self._begun = False
+        self._logprobs_told = 0
         self._base: Chunk = _head(response, "chat.completion.chunk")
 
     def on_event(self, event: Event) -> list[Chunk]:
         match event["type"]:
             case "response.output_text.delta":
-                return self._delta({"content": event["delta"]})
+                self._logprobs_told += len(event["logprobs"])
+                return self._delta({"content": event["delta"]}, logprobs=event["logprobs"])
+            case "response.output_text.done":
+                untold = event["logprobs"][self._logprobs_told :]
+                self._logprobs_told = 0
+                return self._delta({"content": ""}, logprobs=untold) if untold else []
             case "response.reasoning_text.delta":
                 return self._delta({"reasoning": event["delta"], "reasoning_content": event["delta"]})
             case "response.output_item.added" if event["item"]["type"] == "function_call":
@@ -207,10 +211,12 @@ class ChatStream:
             case _:
                 return []
 
-    def _delta(self, delta: dict[str, Any], finish: str | None = None) -> list[Chunk]:
+    def _delta(
+        self, delta: dict[str, Any], finish: str | None = None, logprobs: list[dict[str, Any]] | None = None
+    ) -> list[Chunk]:
         opening = [] if self._begun else [self._chunk({"role": "assistant", "content": ""})]
         self._begun = True
-        return [*opening, self._chunk(delta, finish)]
+        return [*opening, self._chunk(delta, finish, logprobs)]
 
     def _end(self, response: dict[str, Any]) -> list[Chunk]:
         chunks = self._delta({}, finish_reason(response))
@@ -218,6 +224,9 @@ class ChatStream:
             chunks.append(self._base | {"choices": [], "usage": usage(response)})
         return chunks
 
-    def _chunk(self, delta: dict[str, Any], finish: str | None = None) -> Chunk:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def _chunk(
+        self, delta: dict[str, Any], finish: str | None = None, logprobs: list[dict[str, Any]] | None = None
+    ) -> Chunk:
+        told = _logprobs(logprobs) if logprobs else None
+        choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish}
         return self._base | {"choices": [choice]} | ({"usage": None} if self._include_usage else {})

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from core.errors import EdgechatError
+from core.errors import DeadlineExceeded, EdgechatError
 from core.stream import Event, Failure
 
 RETRY_AFTER_S = 2.0
@@ -27,7 +27,12 @@ def http_body(error: EdgechatError) -> dict[str, Any]:
 
 
 def http_headers(error: EdgechatError) -> dict[str, str]:
-    """`retry-after` (whole seconds, rounded up) when there is a good guess."""
+    """`retry-after` (whole seconds, rounded up) when there is a good guess.
+
+    SDKs send a request again after any 5xx unless told not to: who set a deadline does not want to wait it twice.
+    """
+    if error.code == DeadlineExceeded.code:
+        return {"x-should-retry": "false"}
     if error.retry_after_s is None:
         return {}
     return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}

@@ -14,11 +14,15 @@ from msgspec import Meta
 from core.conversation import parse_input
 from core.errors import RequestError
 from core.stream import Event, Request
-from router.api.call import Call, effort, function_tools, parse_json, read_fields, stop_strings
+from router.api.call import Call, effort, parse_json, read_fields
+from router.api.fields import CommonFields, common
+from router.api.formats import Format, text_format
+from router.api.tools import effective_choice, function_tools
 from router.config import Defaults
 
 # Every event of a lane carries its name.
 LaneName: TypeAlias = Annotated[str, Meta(max_length=128)]
+LOGPROBS = "message.output_text.logprobs"
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
@@ -27,8 +31,12 @@ class Reasoning(msgspec.Struct):
     summary: str | None = None
 
 
-class _Body(msgspec.Struct):
-    """`stop`, `seed` and `top_k` are not OpenAI's here, but cost nothing and are asked for."""
+class Text(msgspec.Struct):
+    format: Format | None = None
+
+
+class _Body(CommonFields, kw_only=True):
+    """`seed` is not OpenAI's here, but costs nothing and is asked for."""
 
     model: str
     input: Any
@@ -36,20 +44,16 @@ class _Body(msgspec.Struct):
     previous_response_id: str | None = None
     stream: bool | None = None
     store: bool | None = None
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0)] | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
     max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    include: list[str] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     reasoning: Reasoning | None = None
-    text: dict[str, Any] | None = None
+    text: Text | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -104,28 +108,27 @@ def parse_create(body: dict[str, Any], defaults: Defaults) -> Call:
     """A request to answer; raises RequestError naming the field that cannot be used."""
     fields = read_fields(body, _Body)
     _refuse_unservable(fields)
+    tools = function_tools(fields.tools or [])
     request = Request(
         model=fields.model,
         input=parse_input(fields.input),
         instructions=fields.instructions,
         previous_response_id=fields.previous_response_id,
         store=fields.store is not False,
-        temperature=defaults.temperature if fields.temperature is None else fields.temperature,
-        top_p=defaults.top_p if fields.top_p is None else fields.top_p,
-        top_k=fields.top_k or 0,
         max_output_tokens=fields.max_output_tokens or defaults.max_output_tokens,
         max_tool_calls=fields.max_tool_calls,
-        stop=stop_strings(fields.stop),
         truncation=fields.truncation or "disabled",
         reasoning=_reasoning(fields.reasoning),
-        text=_text(fields.text),
-        tools=function_tools(fields.tools or []),
-        tool_choice=fields.tool_choice or "auto",
+        text={"format": text_format(fields.text.format if fields.text else None, "text.format")},
+        tools=tools,
+        tool_choice=effective_choice(fields.tool_choice, tools),
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         metadata=fields.metadata or {},
         safety_identifier=fields.safety_identifier,
         prompt_cache_key=fields.prompt_cache_key,
         user=fields.user,
+        logprobs=bool(fields.top_logprobs) or LOGPROBS in (fields.include or []),
+        **common(fields, defaults, seeded=fields.seed is not None),
     )
     return Call(
         request=request,
@@ -145,20 +148,10 @@ def _refuse_unservable(fields: _Body) -> None:
         )
     if fields.prompt is not None:
         raise RequestError("`prompt` templates are not served here; send the text as `input`.", param="prompt")
-    if fields.top_logprobs:
-        raise RequestError("`top_logprobs` is not served here; leave it out.", param="top_logprobs")
 
 
 def _reasoning(asked: Reasoning | None) -> dict[str, Any] | None:
     return None if asked is None else {"effort": effort(asked.effort), "summary": asked.summary}
-
-
-def _text(asked: dict[str, Any] | None) -> dict[str, Any]:
-    form = (asked or {}).get("format")
-    kind = form.get("type", "text") if isinstance(form, dict) else "text"
-    if kind != "text":
-        raise RequestError(f"`text.format` {kind!r} is not served here; only text is.", param="text.format")
-    return {"format": {"type": "text"}}
 
 
 def on_lane(event: Event, stream_id: str | None) -> Event:

@@ -23,7 +23,8 @@ async def create(request: web.Request) -> web.StreamResponse:
     reader = Whole()
     running = await context.dispatcher.begin(who.tenant, chat.call, reader)
     try:
-        return json_response(completion(await reader.response()), headers={"x-edge-node": reader.node})
+        response = completion(await reader.response(), logprobs=chat.call.request.logprobs)
+        return json_response(response, headers={"x-edge-node": reader.node})
     finally:
         context.sessions.leave(running, reader)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from core.errors import DeadlineExceeded, EdgechatError
 from core.stream import Event, Failure
 from router.api.errors import from_failure
 from router.fleet import Node
@@ -51,3 +52,13 @@ class Whole:
         await self.stored()
         response: dict[str, Any] = self._last["response"]
         return response
+
+    async def response_in_time(self) -> dict[str, Any]:
+        """As `response`, except that what was said before a deadline came is given, failed as the response is."""
+        try:
+            return await self.response()
+        except EdgechatError as error:
+            response: dict[str, Any] = self._last.get("response", {})
+            if error.code == DeadlineExceeded.code and response.get("output"):
+                return response
+            raise

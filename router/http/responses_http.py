@@ -22,7 +22,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     reader = Whole()
     running = await context.dispatcher.begin(who.tenant, call, reader)
     try:
-        return json_response(await reader.response(), headers={"x-edge-node": reader.node})
+        return json_response(await reader.response_in_time(), headers={"x-edge-node": reader.node})
     finally:
         context.sessions.leave(running, reader)
 

@@ -30,6 +30,12 @@ _words = st.sampled_from(
         "user",
         "input_text",
         "name",
+        "schema",
+        "json_schema",
+        "allowed_tools",
+        "mode",
+        "auto",
+        "tools",
     ]
 )
 _json: st.SearchStrategy[Any] = st.recursive(
@@ -41,7 +47,7 @@ _json: st.SearchStrategy[Any] = st.recursive(
 
 def _body(kind: Any, required: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(
-        required, optional={name: _json for name in kind.__struct_fields__ if name not in required}
+        required, optional={name: _json for name in kind.__struct_encode_fields__ if name not in required}
     )
 
 
@@ -51,6 +57,8 @@ def _body(kind: Any, required: dict[str, st.SearchStrategy[Any]]) -> st.SearchSt
 @example({"model": "tiny", "input": [{"type": []}]})
 @example({"model": "tiny", "input": "x", "tool_choice": [], "tools": [{"type": [], "name": 1}]})
 @example({"model": "tiny", "input": "x", "text": {"format": {"type": []}}})
+@example({"model": "tiny", "input": "x", "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [[]]}})
+@example({"model": "tiny", "input": "x", "logit_bias": {"\u0663": 1}})
 def test_any_body_of_a_response_is_taken_or_refused(body: dict[str, Any]) -> None:
     for call in (
         lambda: parse_create(body, DEFAULTS),

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import ResponseErrorEvent
 from openai.types.responses.responses_server_event import ResponseWsError
 from pydantic import TypeAdapter
 
 from core.conversation import Item
 from core.errors import ContextTooLong, EdgechatError, NoNodeAvailable, RequestError
-from core.frames import Arguments, Delta, ItemEnd, ItemStart, Text, Usage
+from core.frames import Arguments, Delta, ItemEnd, ItemStart, Logprobs, Text, Usage
 from core.stream import EndRecord, Failure, replay
 from router.api import chat_completions, shim
-from router.api.call import parse_json, rendered
+from router.api.call import Call, parse_json, rendered
 from router.api.errors import error_event, from_failure, http_body, http_headers
-from router.api.responses import Cancel, Create, parse_create, parse_event
+from router.api.formats import MAX_SCHEMA_BYTES
+from router.api.responses import LOGPROBS, Cancel, Create, parse_create, parse_event
 from router.config import Defaults
 from tests.router.fakes import MODEL, record, words
 
 DEFAULTS = Defaults()
 BODY: dict[str, Any] = {"model": MODEL, "input": "hi"}
+SCHEMA: dict[str, Any] = {"type": "json_schema", "name": "river", "schema": {"type": "object"}}
+F, G = ({"type": "function", "name": name, "parameters": {"type": "object"}} for name in "fg")
+ALLOWED: dict[str, Any] = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}
+NESTED = "response_format.json_schema."
+HUGE: dict[str, Any] = {"name": "a", "schema": {"const": "x" * MAX_SCHEMA_BYTES}}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -44,7 +52,7 @@ def test_zero_is_a_value_and_null_is_none() -> None:
 
 def test_unknown_fields_and_hosted_tools_are_ignored() -> None:
     function = {"type": "function", "name": "f", "parameters": {"type": "object"}}
-    call = create(tools=[{"type": "web_search"}, function], service_tier="flex", sparkle=1)
+    call = create(tools=[{"type": "web_search"}, function], sparkle=1, include=["something.new"])
     assert call.request.tools == [function | {"description": None, "strict": None}]
 
 
@@ -67,8 +75,37 @@ def test_unknown_fields_and_hosted_tools_are_ignored() -> None:
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": -1}, "top_logprobs"),
+        ({"include": "message.output_text.logprobs"}, "include"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias[...]"),
+        ({"logit_bias": {"one": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"01": 1}}, "logit_bias"),
+        ({"logit_bias": {"9999999999": 1}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"service_tier": 1}, "service_tier"),
+        ({"edgechat:exact": "yes"}, "edgechat:exact"),
+        ({"edgechat:deadline_s": 0}, "edgechat:deadline_s"),
+        ({"edgechat:deadline_s": 3601}, "edgechat:deadline_s"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format"),
+        ({"text": {"format": SCHEMA | {"name": "a b"}}}, "text.format.name"),
+        ({"text": {"format": SCHEMA | {"name": "a\n"}}}, "text.format.name"),
+        ({"text": {"format": SCHEMA | {"name": "a" * 65}}}, "text.format.name"),
+        ({"text": {"format": SCHEMA | {"schema": []}}}, "text.format.schema"),
+        ({"text": {"format": SCHEMA | {"schema": {"const": "x" * MAX_SCHEMA_BYTES}}}}, "text.format.schema"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tool_choice": []}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"tool_choice": ALLOWED | {"mode": "required"}, "tools": [F, G]}, "tool_choice"),
+        ({"tool_choice": ALLOWED, "tools": [G]}, "tool_choice"),
         ({"reasoning": {"effort": "heroic"}}, "reasoning.effort"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"stop": ["a"] * 5}, "stop"),
@@ -78,6 +115,119 @@ def test_a_field_that_cannot_be_used_is_named(changes: dict[str, Any], param: st
     with pytest.raises(RequestError) as caught:
         create(**changes)
     assert caught.value.param == param
+
+
+# -- what both dialects take ----------------------------------------------------------------------
+
+KNOBS: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 40,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.2,
+    "frequency_penalty": -0.3,
+    "logit_bias": {"0": -100, "17": 2.5},
+    "top_logprobs": 20,
+    "stop": "END",
+    "service_tier": "flex",
+    "edgechat:exact": True,
+    "edgechat:deadline_s": 2.5,
+}
+PARSERS: list[Callable[..., Call]] = [
+    lambda **changes: parse_create(BODY | changes, DEFAULTS),
+    lambda **changes: chat_completions.parse_chat(CHAT | {"logprobs": True} | changes, DEFAULTS).call,
+]
+
+
+@pytest.mark.parametrize("parse", PARSERS, ids=["responses", "chat"])
+def test_both_dialects_take_the_same_settings(parse: Callable[..., Call]) -> None:
+    request = parse(**KNOBS).request
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "top_logprobs", "service_tier"):
+        assert getattr(request, name) == KNOBS[name]
+    assert (request.presence_penalty, request.frequency_penalty) == (0.2, -0.3)
+    assert (request.logit_bias, request.stop, request.logprobs) == ([(0, -100.0), (17, 2.5)], ["END"], True)
+    assert (request.exact, request.deadline_s) == (True, 2.5)
+
+
+@pytest.mark.parametrize("parse", PARSERS, ids=["responses", "chat"])
+@pytest.mark.parametrize(
+    ("changes", "exact"),
+    [
+        ({}, False),
+        ({"seed": 0}, True),
+        ({"seed": 1, "edgechat:exact": False}, False),
+        ({"edgechat:exact": True}, True),
+    ],
+)
+def test_who_names_a_seed_gets_an_exact_answer_unless_told_otherwise(
+    parse: Callable[..., Call], changes: dict[str, Any], exact: bool
+) -> None:
+    assert parse(**changes).request.exact is exact
+
+
+@pytest.mark.parametrize("parse", PARSERS, ids=["responses", "chat"])
+@pytest.mark.parametrize(
+    ("asked", "effective"),
+    [(None, "default"), ("auto", "default"), ("flex", "flex"), ("priority", "default"), ("new", "default")],
+)
+def test_going_last_can_be_asked_for_and_going_first_cannot(
+    parse: Callable[..., Call], asked: str | None, effective: str
+) -> None:
+    assert parse(service_tier=asked).request.service_tier == effective
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [({}, False), ({"top_logprobs": 0}, False), ({"top_logprobs": 1}, True), ({"include": [LOGPROBS]}, True)],
+)
+def test_a_response_has_log_probabilities_if_they_are_included_or_counted(changes: dict[str, Any], asked: bool) -> None:
+    assert create(**changes).request.logprobs is asked
+
+
+def test_a_schema_is_the_same_in_both_dialects() -> None:
+    described = {"name": "river", "description": "A river.", "schema": {"type": "object"}, "strict": True}
+    flat = create(text={"format": {"type": "json_schema", **described}, "verbosity": "low"}).request.text
+    nested = PARSERS[1](response_format={"type": "json_schema", "json_schema": described}).request.text
+    assert flat == nested == {"format": {"type": "json_schema", **described}}
+
+
+@pytest.mark.parametrize("kind", ["text", "json_object"])
+def test_a_format_without_a_schema_is_the_same_in_both_dialects(kind: str) -> None:
+    for request in (create(text={"format": {"type": kind}}), PARSERS[1](response_format={"type": kind})):
+        assert request.request.text == {"format": {"type": kind}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "effective"),
+    [
+        (None, "auto"),
+        ("auto", "auto"),
+        ("none", "none"),
+        ({"type": "function", "name": "f"}, ALLOWED),
+        (ALLOWED, ALLOWED),
+        (ALLOWED | {"tools": [{"type": "web_search"}, *ALLOWED["tools"]]}, ALLOWED),
+    ],
+)
+def test_a_tool_choice_is_echoed_as_what_is_done_about_it(asked: Any, effective: Any) -> None:
+    request = create(tools=[F, G], tool_choice=asked).request
+    assert request.tool_choice == effective
+    assert [tool["name"] for tool in request.tools] == ["f", "g"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"type": "function", "function": {"name": "f"}},
+        {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]},
+        },
+    ],
+)
+def test_a_tool_choice_of_a_chat_means_the_same(asked: dict[str, Any]) -> None:
+    tools = [{"type": "function", "function": tool} for tool in (F, G)]
+    assert PARSERS[1](tools=tools, tool_choice=asked).request.tool_choice == ALLOWED
 
 
 @pytest.mark.parametrize("missing", ["model", "input"])
@@ -138,7 +288,15 @@ def test_an_http_error_has_openais_shape_and_says_when_to_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status"), [("context_length_exceeded", 400), ("node_lost", 502), ("overloaded", 503), ("strange", 500)]
+    ("code", "status"),
+    [
+        ("context_length_exceeded", 400),
+        ("unsupported_parameter", 400),
+        ("node_lost", 502),
+        ("overloaded", 503),
+        ("deadline_exceeded", 504),
+        ("strange", 500),
+    ],
 )
 def test_a_failed_response_becomes_the_error_of_its_code(code: str, status: int) -> None:
     error = from_failure(Failure(code, "It broke.", True))
@@ -172,8 +330,17 @@ def test_a_chat_becomes_items_of_the_same_conversation() -> None:
     ("changes", "param"),
     [
         ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"one": 1}}, "logit_bias"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA | {"name": ""}}}, NESTED + "name"),
+        ({"response_format": {"type": "json_schema", "json_schema": SCHEMA | {"schema": 1}}}, NESTED + "schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": HUGE}}, NESTED + "schema"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, None),
@@ -225,6 +392,48 @@ def test_a_completion_that_said_nothing_is_empty_text() -> None:
     end = EndRecord(status="completed", completed_at=1, usage=Usage(3, 0, 0))
     choice = chat_completions.completion(replay(record(), [], [], end)[-1]["response"])["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
+
+
+def _spelled(*, asked: bool) -> list[dict[str, Any]]:
+    """The events of an answer whose last id is held back until the end."""
+    ids, deltas = words("Hi", " there")
+    for index, text in enumerate((b"Hi", b" there")):
+        deltas[index].insert(-1, Logprobs(-0.5, [(ids[index], -0.5)], text, [text]))
+    deltas.insert(2, [Logprobs(-1.5, [], b"EN")])
+    end = EndRecord(status="completed", completed_at=1, usage=Usage(3, 0, 4))
+    return replay(record(logprobs=asked), [*ids, 9], deltas, end)
+
+
+def test_a_chat_carries_each_log_probability_once_whole_and_streamed() -> None:
+    events = _spelled(asked=True)
+    whole = ChatCompletion.model_validate(chat_completions.completion(events[-1]["response"], logprobs=True))
+    stream = chat_completions.ChatStream(events[0]["response"], include_usage=False)
+    chunks = [ChatCompletionChunk.model_validate(chunk) for event in events for chunk in stream.on_event(event)]
+    streamed = [entry for chunk in chunks if (told := chunk.choices[0].logprobs) for entry in told.content or []]
+    assert whole.choices[0].logprobs is not None
+    assert [(entry.token, entry.logprob, entry.bytes) for entry in whole.choices[0].logprobs.content or []] == [
+        ("Hi", -0.5, list(b"Hi")),
+        (" there", -0.5, list(b" there")),
+        ("EN", -1.5, list(b"EN")),
+    ]
+    assert [entry.model_dump() for entry in streamed] == [
+        entry.model_dump() for entry in whole.choices[0].logprobs.content or []
+    ]
+    assert streamed[0].top_logprobs[0].token == "Hi"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hi there"
+
+
+def test_a_chat_that_did_not_ask_has_no_log_probabilities() -> None:
+    events = _spelled(asked=False)
+    assert chat_completions.completion(events[-1]["response"])["choices"][0]["logprobs"] is None
+    stream = chat_completions.ChatStream(events[0]["response"], include_usage=False)
+    assert all(chunk["choices"][0]["logprobs"] is None for event in events for chunk in stream.on_event(event))
+
+
+def test_a_chat_says_how_it_was_served() -> None:
+    end = EndRecord(status="completed", completed_at=1, usage=Usage(3, 0, 0))
+    events = replay(record(service_tier="flex"), [], [], end)
+    assert chat_completions.completion(events[-1]["response"])["service_tier"] == "flex"
 
 
 # -- the plain dialect ----------------------------------------------------------------------------
