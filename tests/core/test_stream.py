@@ -389,7 +389,7 @@ def test_an_item_ends_with_the_log_probabilities_of_all_its_ids() -> None:
 
 @given(said=SAID, end=st.sampled_from(ENDS))
 def test_nobody_gets_log_probabilities_unasked(said: Said, end: EndRecord) -> None:
-    silent = [[delta for delta in deltas if not isinstance(delta, Logprobs)] for deltas in said]
+    silent: Said = [[delta for delta in deltas if not isinstance(delta, Logprobs)] for deltas in said]
     assert log_of(said, end) == log_of(silent, end)
 
 
@@ -402,6 +402,14 @@ def test_each_log_probability_is_told_once_by_deltas_and_the_ends_of_their_items
         if event["type"] == "response.output_text.done":
             told = deltas.get(event["item_id"], [])
             assert told == _tokens(event)[: len(told)]
+
+
+def test_a_request_kept_before_it_had_all_its_fields_is_still_read() -> None:
+    known = ("model", "input", "temperature", "top_p", "top_logprobs", "text", "tools", "tool_choice", "reasoning")
+    kept = {name: value for name, value in msgspec.to_builtins(record().request).items() if name in known}
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(kept), type=Request)
+    assert (read.min_p, read.repetition_penalty, read.logit_bias, read.logprobs) == (0.0, 1.0, [], False)
+    assert (read.service_tier, read.exact, read.deadline_s) == ("default", False, 0.0)
 
 
 def test_the_text_so_far_includes_an_open_message_and_no_reasoning() -> None:

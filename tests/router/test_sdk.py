@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError
 from openai.resources.responses.responses import AsyncResponsesConnection
 from openai.types.responses import Response
+from openai.types.responses.response_output_text import ResponseOutputText
+from pydantic import BaseModel
 
-from tests.router.fakes import MODEL, FakeRouter, failing, running_router, saying
+from core.frames import Failed, Generate, Logprobs, Started
+from tests.router.fakes import MODEL, FakeRouter, Said, Script, done, failing, running_router, saying, tokens, words
 
 
 @pytest.fixture
@@ -152,3 +155,124 @@ async def test_the_models_are_listed_and_found_by_name(router: FakeRouter, clien
     assert (await client.models.retrieve(MODEL)).owned_by == "edgechat"
     with pytest.raises(NotFoundError):
         await client.models.retrieve("gpt-9")
+
+
+# -- settings, formats, log-probabilities -----------------------------------------------------------
+
+
+def spelling(frame: Generate) -> list[Said]:
+    """Say two words with their log-probabilities, if those were asked for."""
+    ids, deltas = words("Hi", " there")
+    if frame.sampling.top_logprobs >= 0:
+        for index, text in enumerate((b"Hi", b" there")):
+            top = [(ids[index], -0.5), (7, float("-inf"))][: frame.sampling.top_logprobs]
+            deltas[index].insert(-1, Logprobs(-0.5, top, text, [text, b"\xf0"][: len(top)]))
+    rows = [tokens(frame.stream, frame.epoch, seq, [ids[seq]], [deltas[seq]]) for seq in range(len(ids))]
+    return [Started(frame.stream, frame.epoch, 5, 2), *rows, done(frame, len(ids))]
+
+
+def overdue(*, after: str) -> Script:
+    """A node that runs out of time, after it has said something or nothing."""
+
+    def script(frame: Generate) -> list[Said]:
+        failed = Failed(frame.stream, frame.epoch, "deadline_exceeded", False, "Too late.")
+        ids, deltas = words(after)
+        said: list[Said] = [tokens(frame.stream, frame.epoch, 0, ids[:1], deltas[:1])] if after else []
+        return [Started(frame.stream, frame.epoch, 5, 2), *said, failed]
+
+    return script
+
+
+async def test_log_probabilities_arrive_with_the_text_and_with_the_whole(
+    router: FakeRouter, client: AsyncOpenAI
+) -> None:
+    router.links.node("eu", spelling).come_up()
+    streamed, whole = [], []
+    async with client.responses.connect() as connection:
+        await connection.response.create(
+            model=MODEL, input="Hello", include=["message.output_text.logprobs"], top_logprobs=2
+        )
+        async for event in connection:
+            if event.type == "response.output_text.delta":
+                streamed += event.logprobs
+            if event.type == "response.completed":
+                (message,) = event.response.output
+                assert message.type == "message"
+                (part,) = message.content
+                assert isinstance(part, ResponseOutputText)
+                whole = part.logprobs or []
+                assert event.response.top_logprobs == 2
+                break
+    assert [(entry.token, entry.bytes, entry.logprob) for entry in whole] == [
+        ("Hi", list(b"Hi"), -0.5),
+        (" there", list(b" there"), -0.5),
+    ]
+    assert [(top.token, top.logprob) for top in whole[0].top_logprobs] == [("Hi", -0.5), ("\ufffd", -9999.0)]
+    assert [(entry.token, entry.logprob) for entry in streamed] == [("Hi", -0.5), (" there", -0.5)]
+
+
+async def test_a_chat_has_its_log_probabilities(router: FakeRouter, client: AsyncOpenAI) -> None:
+    router.links.node("eu", spelling).come_up()
+    made = await client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "x"}], logprobs=True, top_logprobs=1, logit_bias={"5": -100}
+    )
+    told = made.choices[0].logprobs
+    assert told is not None and told.content is not None
+    assert [(entry.token, len(entry.top_logprobs)) for entry in told.content] == [("Hi", 1), (" there", 1)]
+    _, frame = await router.links.generates.get()
+    assert (frame.sampling.top_logprobs, frame.sampling.logit_bias) == (1, [(5, -100.0)])
+
+
+class River(BaseModel):
+    name: str
+
+
+async def test_an_answer_in_a_schema_is_parsed_by_the_sdk(router: FakeRouter, client: AsyncOpenAI) -> None:
+    router.links.node("eu", saying('{"name":', '"Rhine"}')).come_up()
+    response = await client.responses.parse(model=MODEL, input="A river.", text_format=River)
+    chat = await client.chat.completions.parse(
+        model=MODEL, messages=[{"role": "user", "content": "A river."}], response_format=River
+    )
+    assert response.output_parsed == chat.choices[0].message.parsed == River(name="Rhine")
+    formats = [(await router.links.generates.get())[1].format for _ in range(2)]
+    assert formats[0] == formats[1]
+    assert formats[0] is not None
+    assert (formats[0]["type"], formats[0]["name"]) == ("json_schema", "River")
+    assert formats[0]["schema"]["required"] == ["name"]
+
+
+async def test_extensions_travel_in_the_extra_body_and_the_tier_is_echoed(
+    router: FakeRouter, client: AsyncOpenAI
+) -> None:
+    router.links.node("eu", saying("Hi")).come_up()
+    extra = {"edgechat:exact": True, "edgechat:deadline_s": 2.5, "min_p": 0.1, "repetition_penalty": 1.2}
+    made = await client.responses.create(model=MODEL, input="x", service_tier="flex", extra_body=extra)
+    assert made.service_tier == "flex"
+    _, frame = await router.links.generates.get()
+    assert (frame.exact, frame.deadline_s, frame.priority) == (True, 2.5, -1)
+    assert (frame.sampling.min_p, frame.sampling.repetition_penalty) == (0.1, 1.2)
+
+
+async def test_a_response_that_ran_out_of_time_gives_what_it_said(router: FakeRouter, client: AsyncOpenAI) -> None:
+    router.links.node("eu", overdue(after="Rhine")).come_up()
+    made = await client.responses.create(model=MODEL, input="x", extra_body={"edgechat:deadline_s": 2.5})
+    assert (made.status, made.output_text) == ("failed", "Rhine")
+    assert made.error is not None
+    assert made.error.message.startswith("deadline_exceeded: The answer was not complete within the 2.5 s")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_ran_out_of_time_in_silence_is_a_504_that_is_not_repeated(
+    router: FakeRouter, stream: bool
+) -> None:
+    router.links.node("eu", overdue(after="")).come_up()
+    async with AsyncOpenAI(base_url=f"{router.url}/v1", api_key="dev", max_retries=2) as client:
+        with pytest.raises(APIStatusError, match=r"within the 2\.5 s") as caught:
+            await client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "x"}],
+                stream=stream,
+                extra_body={"edgechat:deadline_s": 2.5},
+            )
+    assert (caught.value.status_code, caught.value.code) == (504, "deadline_exceeded")
+    assert router.links.generates.qsize() == 1
