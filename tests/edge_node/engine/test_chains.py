@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache
+
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -8,12 +10,18 @@ from edge_node.engine.prefix_store import PrefixStore, block_keys
 from edge_node.engine.step import BLOCK_TOKENS
 
 
-def ids_of(path: list[int]) -> list[int]:
-    return [step for step in path for _ in range(BLOCK_TOKENS)]
+def chain(*path: int) -> list[bytes]:
+    """The keys of a prompt whose i-th block is all path[i]."""
+    return list(_chain(path))
+
+
+@cache
+def _chain(path: tuple[int, ...]) -> list[bytes]:
+    return block_keys("", [step for step in path for _ in range(BLOCK_TOKENS)])
 
 
 def three_blocks(store: PrefixStore) -> list[bytes]:
-    keys = block_keys("", ids_of([1, 2, 3]))
+    keys = chain(1, 2, 3)
     store.insert(keys)
     return keys
 
@@ -43,9 +51,9 @@ def test_what_is_evicted_is_told_as_shorter_and_then_as_gone() -> None:
     chains = Chains(store)
     chains.note(["key"], [192], three_blocks(store))
     chains.changes()
-    store.insert(block_keys("", ids_of([4, 5])))
+    store.insert(chain(4, 5))
     assert chains.changes() == [("key", 64)]
-    store.insert(block_keys("", ids_of([6, 7])))
+    store.insert(chain(6, 7))
     assert chains.changes() == [("key", 0)]
     assert chains.changes() == []
 
@@ -53,7 +61,7 @@ def test_what_is_evicted_is_told_as_shorter_and_then_as_gone() -> None:
 def test_a_chain_that_is_noted_before_it_is_resident_is_told_when_it_is() -> None:
     store = PrefixStore(8)
     chains = Chains(store)
-    chains.note(["key"], [130], block_keys("", ids_of([1, 2, 3])))
+    chains.note(["key"], [130], chain(1, 2, 3))
     assert chains.changes() == []
     three_blocks(store)
     assert chains.changes() == [("key", 128)]
@@ -94,12 +102,12 @@ class ChainsMachine(RuleBasedStateMachine):
 
     @rule(path=paths)
     def insert(self, path: list[int]) -> None:
-        self.store.insert(block_keys("", ids_of(path)))
+        self.store.insert(chain(*path))
 
     @rule(path=paths, more=st.lists(st.integers(0, 7), max_size=4), tokens=st.integers(0, 100))
     def note(self, path: list[int], more: list[int], tokens: int) -> None:
         keys, ends = [f"key {key}" for key in more], [tokens * (place + 1) for place in range(len(more))]
-        blocks = block_keys("", ids_of(path))
+        blocks = chain(*path)
         self.chains.note(keys, ends, blocks)
         for key, end in zip(keys, ends, strict=True):
             self.noted.pop(key, None)
