@@ -103,7 +103,7 @@ class FakeSpeech:
     closing_ids = frozenset({STOP_ID})
 
     def lay_out(self, items: list[Item], release: str, setting: Setting = PLAIN) -> Rendered:
-        """One id for each character of each item, or those that it was generated as, and a mark for an answer to come."""
+        """One id for each character of each item, or those that it was generated as."""
         if any("!" in item.text for item in items):
             raise SpeechError("This conversation cannot be rendered.")
         ids, ends = list[int](), list[int]()
