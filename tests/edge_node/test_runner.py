@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import onnxruntime
 import pytest
+from numpy.typing import NDArray
 
 from core.conversation import Item
 from core.errors import ConfigError
-from core.frames import Done, Generate, Progress, Row, Sampling, Text
+from core.frames import Done, Generate, Progress, Row, Sampling, Started, Text
 from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
-from edge_node.engine import engine as engine_module
+from edge_node.engine import answer as answer_module
 from edge_node.engine.engine import Engine, EngineLimits
+from edge_node.engine.penalties import History
 from edge_node.engine.sampling import sample
 from edge_node.engine.speech import Speech, open_speech
-from edge_node.engine.step import Logits, StepPlan, StepResult
+from edge_node.engine.step import Logits, StepPlan, StepResult, StepRunner
 from edge_node.runtime.runner import DeviceUnavailable, Runner
 
 SLOTS = 8
 CONTEXT = 256
+BLOCKS = 12
 NEW_TOKENS = 8
 GREEDY = Sampling(0.0)
 SAMPLED = Sampling(0.9, 0.95, 50)
@@ -42,13 +48,13 @@ def speech(smollm2_release: Path, manifest: Manifest) -> Speech:
 @pytest.fixture(scope="module")
 def opened(smollm2_release: Path, manifest: Manifest) -> tuple[Runner, list[tuple[StepPlan, StepResult]]]:
     """A runner, and what its warm-up measured."""
-    runner = Runner.open(smollm2_release, manifest, "cpu", 1, SLOTS, CONTEXT)
-    return runner, runner.warm_up()
+    runner = Runner.open(smollm2_release, manifest, "cpu", 1, SLOTS, CONTEXT, prefix_blocks=BLOCKS)
+    return runner, runner.warm_up(speculation=True)
 
 
 @pytest.fixture(scope="module")
 def runner(opened: tuple[Runner, list[tuple[StepPlan, StepResult]]]) -> Runner:
-    """Shared on purpose: its slots are full of what earlier tests left there."""
+    """Shared on purpose: its slots and blocks are full of what earlier tests left there."""
     return opened[0]
 
 
@@ -57,11 +63,19 @@ def bits(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], str]:
     """(seed, position) -> digest of the logits that were sampled from."""
     seen: dict[tuple[int, int], str] = {}
 
-    def recording(logits: Logits, sampling: Sampling, tokenizer_size: int, seed: int, position: int) -> int:
+    def recording(
+        logits: Logits,
+        sampling: Sampling,
+        tokenizer_size: int,
+        seed: int,
+        position: int,
+        history: History | None = None,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> int:
         seen[seed, position] = hashlib.sha256(logits.tobytes()).hexdigest()
-        return sample(logits, sampling, tokenizer_size, seed, position)
+        return sample(logits, sampling, tokenizer_size, seed, position, history, allowed)
 
-    monkeypatch.setattr(engine_module, "sample", recording)
+    monkeypatch.setattr(answer_module, "sample", recording)
     return seen
 
 
@@ -72,6 +86,18 @@ def request(manifest: Manifest, number: int, output_ids: list[int] | None = None
     return Generate(f"s{number}", 1, manifest.release, items, output_ids or [], number, sampling, [], most)
 
 
+class Watched:
+    """A runner that remembers what it was asked for."""
+
+    def __init__(self, runner: StepRunner) -> None:
+        self.plans: list[StepPlan] = []
+        self._runner = runner
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        return self._runner.run(plan)
+
+
 class Said:
     """What one stream was told."""
 
@@ -79,15 +105,23 @@ class Said:
         self.ids: list[int] = []
         self.text = ""
         self.texts: list[str] = []
+        self.cached_tokens: list[int] = []
+
+
+def open_engine(manifest: Manifest, speech: Speech, **limits: Any) -> Engine:
+    bounds: dict[str, Any] = {"slots": SLOTS, "context_tokens": CONTEXT, "max_waiting": 8} | limits
+    return Engine(manifest, speech, EngineLimits(**bounds))
 
 
 def say(
-    runner: Runner, manifest: Manifest, speech: Speech, requests: list[Generate], **options: int
+    runner: StepRunner, manifest: Manifest, speech: Speech, requests: list[Generate], apart: int = 0, **limits: Any
 ) -> dict[str, Said]:
+    """Run the requests to their end in an engine of their own."""
+    return converse(open_engine(manifest, speech, **limits), runner, requests, apart)
+
+
+def converse(engine: Engine, runner: StepRunner, requests: list[Generate], apart: int = 0) -> dict[str, Said]:
     """Run the requests to their end; `apart` steps lie between one arrival and the next."""
-    apart, chunk_tokens = options.get("apart", 0), options.get("chunk_tokens", 256)
-    limits = EngineLimits(slots=SLOTS, context_tokens=CONTEXT, max_waiting=8, chunk_tokens=chunk_tokens)
-    engine = Engine(manifest, speech, limits)
     said = {request.stream: Said() for request in requests}
     coming, step, done = list(requests), 0, 0
     while coming or engine.running or engine.waiting:
@@ -103,10 +137,19 @@ def say(
                 heard.ids += output.ids
                 heard.texts += ["".join(d.text for d in deltas if isinstance(d, Text)) for deltas in output.deltas]
                 heard.text = "".join(heard.texts)
+            elif isinstance(output, Started):
+                said[output.stream].cached_tokens.append(output.cached_tokens)
             done += isinstance(output, Done)
         step += 1
     assert done == len(requests) and engine.take_faults() == []
     return said
+
+
+def rest(engine: Engine, runner: StepRunner) -> None:
+    """Nobody asks: the engine does what it does then."""
+    while (plan := engine.plan(0.0)) is not None:
+        assert engine.commit(plan, runner.run(plan), 0.0) == []
+        engine.check_invariants()
 
 
 def test_eight_chats_at_once_give_bit_for_bit_what_each_gives_alone(
@@ -188,6 +231,80 @@ def test_one_thread_and_two_give_the_same_bits(
     fresh = Runner.open(smollm2_release, manifest, "cpu", 2, SLOTS, CONTEXT)
     say(fresh, manifest, speech, requests)
     assert bits == one_thread and len(bits) == 8
+
+
+@pytest.mark.parametrize("rested", [False, True])
+def test_the_next_turn_of_a_cached_conversation_is_the_one_of_a_new_engine(
+    runner: Runner, manifest: Manifest, speech: Speech, bits: dict[tuple[int, int], str], rested: bool
+) -> None:
+    engine = open_engine(manifest, speech, prefix_blocks=BLOCKS)
+    first = request(manifest, 7, most=24)
+    heard = converse(engine, runner, [first])[first.stream]
+    if rested:
+        rest(engine, runner)
+    stranger = [Item("message", "user", "Tell me about the sea. " * 20)]
+    converse(engine, runner, [msgspec.structs.replace(first, stream="stranger", items=stranger)])  # takes its slot
+    answer = Item("message", "assistant", heard.text, heard.ids, manifest.release)
+    items = [*first.items, answer, Item("message", "user", "And three more words, please.")]
+    second = msgspec.structs.replace(first, stream="second", items=items, seed=70)
+    bits.clear()
+    cached = converse(engine, runner, [second])["second"]
+    with_cache = dict(bits)
+    bits.clear()
+    anew = say(runner, manifest, speech, [second])["second"]
+    assert (cached.cached_tokens[0] >= 64, anew.cached_tokens) == (True, [0])
+    assert with_cache == bits and len(bits) == len(anew.ids)
+    assert (cached.ids, cached.texts) == (anew.ids, anew.texts)
+
+
+def test_an_answer_that_had_to_give_way_is_the_one_that_was_left_alone(
+    runner: Runner, manifest: Manifest, speech: Speech, bits: dict[tuple[int, int], str]
+) -> None:
+    patient = [request(manifest, number, most=12) for number in (0, 1)]
+    hurried = [msgspec.structs.replace(request(manifest, number), priority=1) for number in (2, 3)]
+    alone: dict[str, Said] = {}
+    for one in (*patient, *hurried):
+        alone |= say(runner, manifest, speech, [one])
+    bits_alone = dict(bits)
+    bits.clear()
+    watched = Watched(runner)
+    together = say(watched, manifest, speech, [*patient, *hurried], apart=3, slots=2)
+    begun = [plan.chunk for plan in watched.plans if plan.chunk is not None and plan.chunk.start == 0]
+    assert len(begun) > len(together), "nobody had to begin again"
+    assert bits == bits_alone
+    assert {stream: heard.ids for stream, heard in together.items()} == {s: heard.ids for s, heard in alone.items()}
+
+
+@pytest.mark.parametrize("schedule", range(4))
+def test_whatever_the_schedule_each_answer_is_the_one_it_gives_alone(
+    runner: Runner, manifest: Manifest, speech: Speech, bits: dict[tuple[int, int], str], schedule: int
+) -> None:
+    """Batched, chunked, cached with a store too small for all, moved and preempted: all at once."""
+    chance = random.Random(schedule)
+    requests = [
+        msgspec.structs.replace(request(manifest, number), priority=chance.randrange(3), exact=True)
+        for number in chance.sample(range(8), 6)
+    ]
+    for one in requests:
+        say(runner, manifest, speech, [one])
+    bits_alone = dict(bits)
+    engine = open_engine(
+        manifest,
+        speech,
+        slots=chance.choice([2, 3, 5]),
+        chunk_tokens=chance.choice([16, 48, 256]),
+        prefix_blocks=chance.choice([3, 6, BLOCKS]),
+        speculation=True,
+    )
+    watched = Watched(runner)
+    for again in range(2):
+        bits.clear()
+        streams = [msgspec.structs.replace(one, stream=f"{one.stream}-{again}") for one in requests]
+        converse(engine, watched, streams, apart=chance.randrange(5))
+        assert bits == bits_alone
+        if chance.random() < 0.5:
+            rest(engine, watched)
+    assert any(plan.saves for plan in watched.plans) and any(plan.loads for plan in watched.plans)
 
 
 def test_the_next_turn_begins_with_what_was_seen_and_said(manifest: Manifest, speech: Speech) -> None:
