@@ -268,6 +268,25 @@ def test_half_a_character_cannot_be_followed_by_something_else(words: Words) -> 
     assert all(0x80 <= spelt[0] < 0xC0 for spelt in said)
 
 
+@pytest.mark.parametrize(
+    "so_far", ["", '{"', '{"title":"a', '{"title":"a","code":"AB', '{"title":"a\\', '{"title":"漢']
+)
+def test_what_is_allowed_is_exactly_what_can_be_pushed(words: Words, so_far: str) -> None:
+    def arrived() -> Guide:
+        guide = words.guide(Drawing.model_json_schema())
+        for token in words.bytewise(so_far):
+            guide.push(token)
+        return guide
+
+    allowed = arrived().allowed()
+    draw = random.Random(len(so_far))
+    tried = draw.sample(range(words.size), min(words.size, 120)) + draw.choices(np.flatnonzero(allowed).tolist(), k=40)
+    for token in tried:
+        guide = arrived()
+        guide.push(token)
+        assert guide.holds == allowed[token], words.table[token]
+
+
 def test_ids_without_text_and_ids_beyond_the_tokenizer_are_never_allowed(words: Words) -> None:
     silent = [token for token in range(words.size) if not words.table[token] and token not in words.closing]
     guide = words.guide({"type": "string"})
