@@ -59,7 +59,7 @@ class Dispatcher:
         """
         if self.draining:
             raise Draining
-        _check_numbers(call.request)
+        _check_bounds(call.request)
         model = call.request.model
         if not self._fleet.knows(model):
             known = self._fleet.models()
@@ -116,9 +116,11 @@ class Dispatcher:
         return [item for turn in reversed(turns) for item in turn]
 
 
-def _check_numbers(request: Request) -> None:
-    """JSON's numbers have no end, those of link and store have 64 bits; raises RequestError."""
+def _check_bounds(request: Request) -> None:
+    """JSON's numbers have no end and it nests without one, link and store have bounds; raises RequestError."""
     try:
         msgspec.msgpack.encode(request)
     except OverflowError as error:
         raise RequestError("A number in the request has more than 64 bits; send a smaller one.") from error
+    except RecursionError as error:
+        raise RequestError("The request is nested too deeply; send it flatter.") from error

@@ -13,6 +13,7 @@ from msgspec import Meta
 from core.errors import RequestError
 
 MAX_SCHEMA_BYTES = 128 * 1024
+MAX_SCHEMA_DEPTH = 100
 
 
 class Schema(msgspec.Struct):
@@ -64,5 +65,18 @@ def _described(asked: Schema, where: str) -> dict[str, Any]:
         raise RequestError(
             f"`{where}.schema` has more than {MAX_SCHEMA_BYTES} bytes; send a smaller one.", param=f"{where}.schema"
         )
+    if _deeper(asked.schema, MAX_SCHEMA_DEPTH):
+        raise RequestError(
+            f"`{where}.schema` is nested more than {MAX_SCHEMA_DEPTH} deep; use `$defs`.", param=f"{where}.schema"
+        )
     described = {"name": asked.name, "description": asked.description, "schema": asked.schema, "strict": asked.strict}
     return {"type": "json_schema", **described}
+
+
+def _deeper(schema: dict[str, Any], most: int) -> bool:
+    """Whether objects and lists are nested more than `most` deep."""
+    level: list[Any] = [schema]
+    for _ in range(most):
+        inside = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in inside if isinstance(inner, dict | list)]
+    return bool(level)

@@ -60,6 +60,22 @@ async def test_a_refusal_has_openais_shape_and_no_traceback(
     assert "Traceback" not in error["message"]
 
 
+async def test_a_request_nested_to_the_interpreters_limit_is_never_a_mistake_of_ours(
+    router: FakeRouter, http: ClientSession
+) -> None:
+    node = router.links.node("eu", saying("Hi"))
+    node.come_up()
+    statuses = []
+    for depth in range(960, 1000):
+        parameters = '{"a":' * depth + "1" + "}" * depth
+        tool = f'{{"type":"function","name":"f","parameters":{parameters}}}'
+        async with http.post("/v1/responses", data=f'{{"model":"tiny","input":"x","tools":[{tool}]}}') as answer:
+            statuses.append(answer.status)
+        node.status()
+    assert set(statuses) <= {200, 400}
+    assert statuses[-1] == 400
+
+
 async def test_a_body_over_the_limit_is_a_413(http: ClientSession) -> None:
     async with http.post("/v1/responses", data=b" " * (CONFIG.limits.max_frame_bytes + 1)) as answer:
         assert (answer.status, (await answer.json())["error"]["code"]) == (413, "request_too_large")

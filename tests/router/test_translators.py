@@ -18,7 +18,7 @@ from core.stream import EndRecord, Failure, replay
 from router.api import chat_completions, shim
 from router.api.call import Call, parse_json, rendered
 from router.api.errors import error_event, from_failure, http_body, http_headers
-from router.api.formats import MAX_SCHEMA_BYTES
+from router.api.formats import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
 from router.api.responses import LOGPROBS, Cancel, Create, parse_create, parse_event
 from router.config import Defaults
 from tests.router.fakes import MODEL, record, words
@@ -31,6 +31,11 @@ ALLOWED: dict[str, Any] = {"type": "allowed_tools", "mode": "auto", "tools": [{"
 NESTED = "response_format.json_schema."
 HUGE: dict[str, Any] = {"name": "a", "schema": {"const": "x" * MAX_SCHEMA_BYTES}}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """An object in an object in an object ..."""
+    return {"items": nested(depth - 1)} if depth > 1 else {}
 
 
 def create(**changes: Any) -> Any:
@@ -99,6 +104,7 @@ def test_unknown_fields_and_hosted_tools_are_ignored() -> None:
         ({"text": {"format": SCHEMA | {"name": "a" * 65}}}, "text.format.name"),
         ({"text": {"format": SCHEMA | {"schema": []}}}, "text.format.schema"),
         ({"text": {"format": SCHEMA | {"schema": {"const": "x" * MAX_SCHEMA_BYTES}}}}, "text.format.schema"),
+        ({"text": {"format": SCHEMA | {"schema": nested(MAX_SCHEMA_DEPTH + 1)}}}, "text.format.schema"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"tool_choice": []}, "tool_choice"),
@@ -190,6 +196,11 @@ def test_a_schema_is_the_same_in_both_dialects() -> None:
     flat = create(text={"format": {"type": "json_schema", **described}, "verbosity": "low"}).request.text
     nested = PARSERS[1](response_format={"type": "json_schema", "json_schema": described}).request.text
     assert flat == nested == {"format": {"type": "json_schema", **described}}
+
+
+def test_a_schema_may_be_as_deep_as_a_refusal_says() -> None:
+    schema = nested(MAX_SCHEMA_DEPTH)
+    assert create(text={"format": SCHEMA | {"schema": schema}}).request.text["format"]["schema"] == schema
 
 
 @pytest.mark.parametrize("kind", ["text", "json_object"])
