@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.manifest import Manifest
 from edge_node.engine.ladder import LADDER
+from edge_node.engine.scheduler import VERIFIED_LENGTHS
 from edge_node.engine.step import BLOCK_TOKENS, Chunk, Decode, Load, Logits, Move, Save, StepPlan, StepResult
 from edge_node.runtime.pools import CudaRuntime, DevicePools, Geometry, HostPools, Pools
 
@@ -33,12 +34,11 @@ import onnxruntime as ort
 Device: TypeAlias = Literal["cpu", "cuda"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-MOST_WANTED = 16
+MOST_WANTED = VERIFIED_LENGTHS[-1]
 """The most positions of a chunk whose logits may be wanted: the longest draft that is verified at once."""
 
-# What a warm-up runs, enough to interpolate the rest: chunks that read, chunks that verify, blocks that are copied.
+# What a warm-up runs, enough to interpolate the rest: chunks that read, and blocks that are copied.
 _WARM_LENGTHS = (2, 32, 128)
-_WARM_VERIFIED = (2, 4, 8, MOST_WANTED)
 _WARM_BLOCKS = 4
 # A draft whose verification takes longer than this will not pay; longer ones are not even measured.
 _SLOW_S = 1.0
@@ -135,7 +135,7 @@ class Runner:
         for length in _WARM_LENGTHS:
             if length <= min(context_tokens, LADDER[-1]):
                 measured.append(self._measure(StepPlan(0, Chunk(0, 0, [0] * length, []), None, 0.0)))
-        for length in _WARM_VERIFIED if speculation else ():
+        for length in VERIFIED_LENGTHS if speculation else ():
             if length <= context_tokens:
                 verified = Chunk(0, 0, [0] * length, list(range(length)))
                 measured.append(self._measure(StepPlan(0, verified, None, 0.0)))

@@ -352,6 +352,21 @@ class TestDevice:
         with pytest.raises(DeviceUnavailable, match="set device"):
             Runner.open(smollm2_release, manifest, "cuda", 1, 1, 64)
 
+    def test_a_gpu_without_the_library_that_copies_is_refused(
+        self, smollm2_release: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class OnTheGpu:
+            def __init__(self, *_: Any, **__: Any) -> None: ...
+
+            def get_providers(self) -> list[str]:
+                return ["CUDAExecutionProvider"]
+
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+        monkeypatch.setattr(onnxruntime, "InferenceSession", OnTheGpu)
+        monkeypatch.setattr(onnxruntime, "cuda_version", "99.1")
+        with pytest.raises(DeviceUnavailable, match=r"libcudart\.so\.99 cannot be loaded.*edge-cuda"):
+            Runner.open(smollm2_release, manifest, "cuda", 1, 1, 64)
+
     def test_a_context_beyond_the_graph_is_refused(self, smollm2_release: Path, manifest: Manifest) -> None:
         with pytest.raises(ConfigError, match="holds 2 to 8192"):
             Runner.open(smollm2_release, manifest, "cpu", 1, 1, 8193)
