@@ -50,6 +50,11 @@ class Answer:
         return "length" if self.sequence.tokens >= self.sequence.limit_tokens else None
 
     @property
+    def answering(self) -> bool:
+        """Whether the next id would be text of the answer itself."""
+        return self._parser.answering
+
+    @property
     def overdue_s(self) -> float:
         """When its deadline is over; infinite if it has none."""
         return self._received_s + self.request.deadline_s if self.request.deadline_s > 0 else float("inf")
@@ -63,7 +68,7 @@ class Answer:
 
     def choose(self, logits: Logits, tokenizer_size: int) -> int:
         """The next id; logits [vocab]."""
-        allowed = self._guide.allowed() if self._guide is not None and self._parser.answering else None
+        allowed = self._guide.allowed() if self._guide is not None and self.answering else None
         request, position = self.request, len(self.sequence.output)
         return sample(logits, request.sampling, tokenizer_size, request.seed, position, self._history, allowed)
 
@@ -79,7 +84,7 @@ class Answer:
         return deltas
 
     def _push(self, token: int) -> None:
-        if self._guide is not None and self._parser.answering:
+        if self._guide is not None and self.answering:
             self._guide.push(token)
         self.sequence.append(token)
         if self._history is not None:

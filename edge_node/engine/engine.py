@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from core.conversation import Item
-from core.errors import ContextTooLong, DeadlineExceeded, EdgechatError, Overloaded, RequestError, ServiceError
+from core.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    EdgechatError,
+    Overloaded,
+    RequestError,
+    ServiceError,
+    UnsupportedParameter,
+)
 from core.frames import Done, Failed, Finish, Generate, Logprobs, Progress, Rates, Row, Started
 from core.manifest import Manifest
 from edge_node.engine.answer import Answer
@@ -50,12 +58,6 @@ class ReleaseNotServed(ServiceError):
     code = "model_not_found"
     status = 404
     retryable = True
-
-
-class UnsupportedParameter(RequestError):
-    """The request asks for something that this release cannot do."""
-
-    code = "unsupported_parameter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,8 @@ class Engine:
         for logits, drafted in zip(advanced.logits, (*advanced.draft, None), strict=False):
             token = answer.choose(logits, self._manifest.tokenizer_size)
             row.ids.append(token)
-            row.deltas.append(answer.write(token, self._logprobs(logits, token, request.sampling.top_logprobs), now_s))
+            most = request.sampling.top_logprobs if answer.answering else -1
+            row.deltas.append(answer.write(token, self._logprobs(logits, token, most), now_s))
             if token != drafted or answer.finish is not None:
                 break
             sequence.computed += 1  # the draft's position was computed with this very id

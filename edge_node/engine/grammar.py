@@ -25,7 +25,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
-from core.errors import ReleaseError, RequestError
+from core.errors import ReleaseError, UnsupportedParameter
 from core.manifest import Manifest
 from edge_node.engine.speech.detokeniser import byte_table
 
@@ -70,10 +70,8 @@ _PLAINLY = (
 """What the library says, and what its words mean for whoever wrote the schema; anything else is repeated as it is."""
 
 
-class UnsupportedFormat(RequestError):
+class UnsupportedFormat(UnsupportedParameter):
     """An answer cannot be held to the format that the request asks for."""
-
-    code = "unsupported_parameter"
 
     def __init__(self, reason: str) -> None:
         """reason: a clause without a full stop."""
