@@ -6,6 +6,8 @@ it is for the real model: what is asked, cut into tokens, computed, heard, store
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import sqlite3
 import subprocess
@@ -20,7 +22,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from core.conversation import Item
+from core.conversation import Item, prefix_keys
 from core.stream import output_items
 from edge_node.engine.speech import HarmonySpeech, Rendered, Setting, open_speech
 from edge_node.engine.step import BLOCK_TOKENS
@@ -30,7 +32,7 @@ from export.recipes import Recipe
 from router.api.call import rendered
 from router.store import StoredResponse
 from tests.e2e.clients import answer, check_log, raw_socket, sdk
-from tests.e2e.processes import ROOT, Fleet, Node, Router
+from tests.e2e.processes import ROOT, Fleet, Node, Router, link_secret
 from tests.e2e.waiting import eventually
 from tests.tools.gpt_oss_checkpoint import FULL, TINY, GptOssShape, write_checkpoint
 from tests.tools.harmony_script import Noise, Script, seed_of
@@ -81,10 +83,10 @@ class ScriptedNode(Node):
     def argv(self) -> Sequence[str]:
         return [sys.executable, "-m", "tests.tools.scripted_node", "--config", "configs/edge.toml"]
 
-    def resident_tokens(self) -> int:
-        """The longest prefix that its engine has told it of."""
-        told = [line.split() for line in self.log().splitlines() if line.startswith("resident ")]
-        return int(told[-1][1]) if told else 0
+    def resident_tokens(self, key: str) -> int:
+        """How much of the prefix with this key its engine has, as it told the node last."""
+        told = [line.split() for line in self.log().splitlines() if line.startswith(f"resident {key} ")]
+        return int(told[-1][2]) if told else 0
 
 
 def tokenizer_json() -> Path:
@@ -115,6 +117,7 @@ class Talk:
     fleet: Fleet
     release: Path
     store: Path
+    secret: bytes
     last_id: str | None = None
     asked: int = 0
     cached_tokens: list[int] = field(default_factory=list)
@@ -199,7 +202,9 @@ class Talk:
         effort = (stored.record.request.reasoning or {})["effort"]
         end = self._laid_out([*items, Item("message", "user", "")], effort).ends[len(items) - 1]
         whole = end // BLOCK_TOKENS * BLOCK_TOKENS
-        eventually(lambda: self.node.resident_tokens() >= whole, PREFIX_S, f"{whole} tokens are resident")
+        salt = hmac.new(self.secret, stored.record.tenant.encode(), hashlib.sha256).hexdigest()
+        key = prefix_keys(items, stored.record.release, salt)[-1]
+        eventually(lambda: self.node.resident_tokens(key) == whole, PREFIX_S, f"{whole} tokens are resident")
         return whole
 
     def _laid_out(self, items: list[Item], effort: str) -> Rendered:
@@ -296,7 +301,8 @@ def start(folder: Path, shape: GptOssShape, recipe: Recipe) -> Iterator[Talk]:
     fleet = scripted_fleet(release, folder / "fleet")
     try:
         fleet.start()
-        yield Talk(fleet, release, folder / "fleet" / f"{fleet.router.name}.sqlite")
+        secret = link_secret(folder / "fleet").read_bytes().strip()
+        yield Talk(fleet, release, folder / "fleet" / f"{fleet.router.name}.sqlite", secret)
     finally:
         fleet.close()
 

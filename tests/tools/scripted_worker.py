@@ -1,7 +1,7 @@
 """The engine process of tests/tools/scripted_node: the real one, but for its sampler, which follows a script.
 
-Beside that it prints `resident N` whenever it tells its node of prefixes, N the longest of them in tokens, so that
-a test can wait until an idle node has re-read a conversation.
+Beside that it prints `resident KEY N` for what it tells its node of prefixes, N in tokens, so that a test can wait
+until an idle node has re-read a conversation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def main() -> int:
 
 
 _own_open_speech, _own_take_chains = speech.open_speech, Engine.take_chains
-_resident: dict[str, int] = {}
 
 
 def _open_speech(manifest: Manifest, read_text: Callable[[str], str]) -> speech.Speech:
@@ -52,9 +51,9 @@ def _open_speech(manifest: Manifest, read_text: Callable[[str], str]) -> speech.
 
 
 def _take_chains(engine: Engine) -> list[tuple[str, int]]:
-    if chains := _own_take_chains(engine):
-        _resident.update(chains)
-        print(f"resident {max(_resident.values())}", file=sys.stderr, flush=True)
+    chains = _own_take_chains(engine)
+    for key, tokens in chains:
+        print(f"resident {key} {tokens}", file=sys.stderr, flush=True)
     return chains
 
 
