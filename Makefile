@@ -22,12 +22,13 @@ hash = $(firstword $(shell cat $(1) | sha256sum | cut -c1-12))
 HAS_RUN := $(VENV)/.has-run-$(call hash,requirements/run.txt)
 HAS_ORACLE := .venv-oracle/.has-$(call hash,requirements/oracle.txt)-$(subst =,,$(TORCH))
 HAS_GENAI := .venv-genai/.has-$(call hash,requirements/genai.txt)-$(subst =,,$(TORCH))
+HAS_LLAMACPP := .venv-llamacpp/.has-$(call hash,requirements/llamacpp.txt)
 HAS_DEV := $(VENV)/.has-dev-$(call hash,requirements/dev.txt requirements/beside-torch.txt)-$(subst =,,$(TORCH))
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install up consul system-deps test test-slow unit e2e lint types format oracle genai bench bench-first
-.PHONY: bench-export bench-exporters model lock clean
+.PHONY: help install up consul system-deps test test-slow unit e2e lint types format oracle genai llamacpp bench
+.PHONY: bench-first bench-engine bench-export bench-exporters model lock clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,10 +74,15 @@ oracle: $(HAS_ORACLE)  ## optimum's exporter in .venv-oracle: the tests compare 
 
 genai: $(HAS_GENAI)  ## onnxruntime-genai's model builder in .venv-genai, measured beside ours
 
-bench: bench-first bench-export bench-exporters  ## all measurements
+llamacpp: $(HAS_LLAMACPP)  ## llama.cpp in .venv-llamacpp, measured beside ours
+
+bench: bench-first bench-engine bench-export bench-exporters  ## all measurements
 
 bench-first: $(HAS_DEV) model  ## export, tokens/s, time to first token, what the router adds
 	$(PY) -m tests.bench.first
+
+bench-engine: $(HAS_DEV) $(HAS_ORACLE) $(HAS_GENAI) $(HAS_LLAMACPP) model  ## the engine's targets, on two cores with nothing else to do
+	$(PY) -m tests.bench.engine $(if $(ONLY),--only $(ONLY)) $(if $(RESUME),--resume)
 
 bench-export: $(HAS_DEV)  ## the exporter at GPT-OSS-20B's full shape: 45 GB of disk (SCRATCH), most of an hour
 	$(PY) -m tests.bench.export
@@ -92,7 +98,7 @@ lock: $(HAS_DEV)  ## write requirements/*.txt again; `make lock UPGRADE=1` takes
 	$(PY) scripts/oracle-lock $(if $(UPGRADE),--upgrade)
 
 clean:  ## forget everything built or installed here, except data/ and releases/
-	rm -rf $(VENV) .venv-oracle .venv-genai .tools .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-oracle .venv-genai .venv-llamacpp .tools .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -105,6 +111,12 @@ $(HAS_ORACLE) $(HAS_GENAI): .venv-%: | $(PY)
 	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install $(TORCH)
 	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install --require-hashes --no-deps \
 		-r requirements/$(firstword $(subst /, ,$*)).txt
+	@rm -f $(@D)/.has-* && touch $@
+
+$(HAS_LLAMACPP): | $(PY)
+	@echo "installing requirements/llamacpp.txt into $(@D)"
+	@scripts/make-venv $(PYTHON) $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install --require-hashes -r requirements/llamacpp.txt
 	@rm -f $(@D)/.has-* && touch $@
 
 $(HAS_RUN): | $(PY)

@@ -153,6 +153,14 @@ def all_ended(answers: Sequence[Answer]) -> Callable[[], bool]:
     return lambda: all(answer.ended for answer in answers)
 
 
+def time_to_first(loop: EngineLoop, asked: Generate) -> float:
+    """Seconds from submission to the first id."""
+    began = time.perf_counter()
+    answer = loop.submit(asked)
+    loop.until(all_writing([answer]))
+    return answer.times_s[0] - began
+
+
 def in_turn(steps: int, *loops: Callable[[], None]) -> list[list[float]]:
     """Seconds of each loop's steps, one of each after another."""
     seconds: list[list[float]] = [[] for _ in loops]

@@ -3,55 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from tests.bench.bare_loop import SLOTS, read_manifest
 from tests.bench.engine.client import Heard, answered, pin_apart, product
 from tests.bench.engine.loops import endless, request, speech_of, story
 from tests.bench.engine.rows import Found, Scale, at_least, ratios, row, tell
-from tests.bench.report import ROOT
+from tests.bench.engine.served import served
 from tests.e2e.processes import Fleet
-
-
-class PinnedBareLoop:
-    """The bare loop in a process of its own, one thread on one core; idle between measurements."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self._answer()
-
-    def tokens_s(self, prompts: list[list[int]], steps: int) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "steps": steps}) + "\n")
-        self._process.stdin.flush()
-        return float(self._answer()["tokens_s"])
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("bench: the bare loop ended; run `python -m tests.bench.bare_loop` to see why.")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-
-@contextmanager
-def pinned_bare_loop(release: str, core: int) -> Iterator[PinnedBareLoop]:
-    """Started on that core, so that every thread it has is there."""
-    command = [sys.executable, "-m", "tests.bench.bare_loop", release, "--threads", "1", "--serve"]
-    process = subprocess.Popen(
-        ["taskset", "-c", str(core), *command], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        yield PinnedBareLoop(process)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def measure(scale: Scale) -> Found:
@@ -65,12 +25,14 @@ def measure(scale: Scale) -> Found:
     prompts = [speech.lay_out(request(manifest, "", story(i), 1).items, manifest.release).ids for i in range(SLOTS)]
     alone: list[float] = []
     through: list[float] = []
-    with product(folder, threads=1) as fleet, pinned_bare_loop(str(folder), cores[0]) as bare:
+    # Started on that core, so that every thread it has is there.
+    bare_loop = ("taskset", "-c", str(cores[0]), sys.executable, "-m", "tests.bench.bare_loop", str(folder), "--serve")
+    with product(folder, threads=1) as fleet, served(*bare_loop) as bare:
         pin_apart(fleet, {cores[0]}, set(cores[1:]))
         asyncio.run(eight(fleet, 8))  # warm
         for number in range(scale(6, 1)):
             tell(f"pair {number + 1}")
-            alone.append(bare.tokens_s(prompts, tokens))
+            alone.append(bare.ask(prompts=prompts, steps=tokens)["tokens_s"])
             through.append(rate(asyncio.run(eight(fleet, tokens))))
     name = f"product over bare loop, streams: {SLOTS}"
     rows = [

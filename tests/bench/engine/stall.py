@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import statistics
-import time
 from itertools import pairwise
 
-from core.frames import Generate
 from edge_node.engine.engine import EngineLimits
 from edge_node.runtime.runner import Runner
 from tests.bench.bare_loop import SLOTS, read_manifest
-from tests.bench.engine.loops import EngineLoop, all_writing, endless, in_turn, request, speech_of, story
+from tests.bench.engine.loops import (
+    EngineLoop,
+    all_writing,
+    endless,
+    in_turn,
+    request,
+    speech_of,
+    story,
+    time_to_first,
+)
 from tests.bench.engine.rows import Found, Scale, at_most, row, tell
 from tests.bench.report import THREADS
 
@@ -71,11 +78,3 @@ def measure(scale: Scale) -> Found:
 def long_prompt(number: int) -> str:
     """About PROMPT_TOKENS tokens that no other round begins with: words of one token each."""
     return f"Round {number}. " + "river stone bread cloud " * (PROMPT_TOKENS // 4)
-
-
-def time_to_first(loop: EngineLoop, asked: Generate) -> float:
-    """Seconds from submission to the first id."""
-    began = time.perf_counter()
-    answer = loop.submit(asked)
-    loop.until(all_writing([answer]))
-    return answer.times_s[0] - began
