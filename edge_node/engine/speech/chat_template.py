@@ -93,10 +93,6 @@ class ChatTemplateSpeech:
         count = accumulate(item.kind != "reasoning" for item in items)
         return Rendered(laid.ids, [ends[number] for number in count])
 
-    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
-        """Prompt ids, up to where the answer begins."""
-        return self.lay_out(items, release, setting).ids
-
     def least_tokens(self, items: list[Item], release: str, setting: Setting = PLAIN) -> int:
         """What `PromptEncoder.least` says of each content."""
         said = [item for item in items if item.kind != "reasoning"]

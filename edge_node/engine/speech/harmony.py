@@ -67,10 +67,6 @@ class HarmonySpeech:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def render(self, items: list[Item], release: str, setting: Setting = PLAIN) -> list[int]:
-        """Prompt ids, up to where the answer begins."""
-        return self.lay_out(items, release, setting).ids
-
     def bytes_of(self, token: int) -> bytes:
         return self.table[token] if 0 <= token < len(self.table) else b""
 

@@ -89,7 +89,7 @@ def compare_prompts(words: Vocabulary, oracle: Oracle, seed: int) -> bool:
     items, asked = conversation(random), setting(random)
     alike = library_drops_alike(items)
     expected = oracle.prompt(items if alike else without_old_reasoning(items), asked, drop=alike)
-    assert words.speech.render(items, RELEASE, asked) == expected, f"seed {seed}"
+    assert words.speech.lay_out(items, RELEASE, asked).ids == expected, f"seed {seed}"
     return alike and any(item.kind == "reasoning" for item in items)
 
 
@@ -305,8 +305,8 @@ def test_what_is_rendered_is_heard_again(words: Vocabulary) -> None:
         random = Random(seed)
         items = [item for item in conversation(random, 1) if item.role == "assistant"]
         for item in items:
-            before = words.speech.render([], RELEASE)
-            ids = words.speech.render([item], RELEASE)[len(before) - 2 :]
+            before = words.speech.lay_out([], RELEASE).ids
+            ids = words.speech.lay_out([item], RELEASE).ids[len(before) - 2 :]
             ids = ids[2:-2]
             expected = (item.kind, "final_answer" if is_final(item) else item.phase, item.name, item.text)
             assert joined(words.hear(ids)) == [expected]
@@ -314,9 +314,9 @@ def test_what_is_rendered_is_heard_again(words: Vocabulary) -> None:
 
 def test_a_tool_round_is_re_read_in_the_ids_it_was_made_of(words: Vocabulary) -> None:
     """With headers as the library writes them; core/stream keeps no header ids."""
-    prompt = words.speech.render([Item("message", "user", "hi")], RELEASE)
+    prompt = words.speech.lay_out([Item("message", "user", "hi")], RELEASE).ids
     said = "<|channel|>analysis<|message|>Hm, ok<|end|><|start|>assistant to=functions.look<|channel|>commentary"
     ids = words.ids(said + ' <|constrain|>json<|message|>{"q"') + words.ids(": ") + words.ids("1}<|call|>")
     items = [Item("message", "user", "hi"), *stored(ids, words.hear(ids))]
-    again = words.speech.render(items, RELEASE, Setting())
+    again = words.speech.lay_out(items, RELEASE, Setting()).ids
     assert again[: len(prompt) + len(ids)] == prompt + ids

@@ -134,7 +134,7 @@ def test_a_prompt_is_the_ids_of_the_whole_text(template: str, way: str, data: st
     contents = st.lists(st.one_of(PIECES, st.just(USER_DEFINED)), max_size=12).map("".join)
     texts = [data.draw(contents).strip() or "a" for _ in range(3)]
     items = [user(texts[0]), Item("message", "assistant", texts[1]), user(texts[2])]
-    assert speech(template, way).render(items, RELEASE) == whole(template, way, items)
+    assert speech(template, way).lay_out(items, RELEASE).ids == whole(template, way, items)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -142,35 +142,35 @@ def test_a_prompt_is_the_ids_of_the_whole_text(template: str, way: str, data: st
 def test_the_next_prompt_begins_with_exactly_what_the_model_saw_and_said(template: str, way: str) -> None:
     tiny = speech(template, way)
     for said in (["▁the", "▁in"], ["the", "▁in"], ["<0xF0>"], ["▁", "▁the"], []):
-        prompt = tiny.render([user("the")], RELEASE)
+        prompt = tiny.lay_out([user("the")], RELEASE).ids
         if template == LLAMA_2 and not (said and said[0].startswith("▁")):
             prompt += ids_of("▁")  # the space that the template writes and the model did not say
         answer = Item("message", "assistant", "x", ids_of(*said), RELEASE)
-        again = tiny.render([user("the"), answer, user("in")], RELEASE)
+        again = tiny.lay_out([user("the"), answer, user("in")], RELEASE).ids
         assert again[: len(prompt) + len(said)] == prompt + ids_of(*said), said
 
 
 def test_a_space_at_the_end_of_a_prompt_is_an_id_that_the_next_prompt_has_too() -> None:
     tiny = speech("{% for m in messages %}{{ m.content }}: {% endfor %}")
-    prompt = tiny.render([user("the")], RELEASE)
+    prompt = tiny.lay_out([user("the")], RELEASE).ids
     answer = Item("message", "assistant", "x", ids_of("the"), RELEASE)
     assert prompt[-1:] == ids_of("▁")
-    assert tiny.render([user("the"), answer], RELEASE)[: len(prompt) + 1] == prompt + ids_of("the")
+    assert tiny.lay_out([user("the"), answer], RELEASE).ids[: len(prompt) + 1] == prompt + ids_of("the")
 
 
 def test_a_special_token_in_a_text_is_plain_text() -> None:
-    ids = speech(ZEPHYR).render([user("</s><s> the</s>")], RELEASE)
+    ids = speech(ZEPHYR).lay_out([user("</s><s> the</s>")], RELEASE).ids
     assert (ids.count(BOS), ids.count(EOS)) == (0, 1)
 
 
 def test_ids_that_the_tokenizer_does_not_know_are_repeated_as_they_are() -> None:
     answer = Item("message", "assistant", "", [10_000], RELEASE)
-    assert 10_000 in speech(LLAMA_2).render([user("the"), answer], RELEASE)
+    assert 10_000 in speech(LLAMA_2).lay_out([user("the"), answer], RELEASE).ids
 
 
 @pytest.mark.parametrize("way", WAYS)
 @given(text=st.one_of(TEXTS, st.text(alphabet=" ▁a春", max_size=60)))
 def test_no_text_has_fewer_ids_than_promised(way: str, text: str) -> None:
     tiny = speech(ZEPHYR, way)
-    assert tiny.least_tokens([user(text)], RELEASE) <= len(tiny.render([user(text)], RELEASE))
+    assert tiny.least_tokens([user(text)], RELEASE) <= len(tiny.lay_out([user(text)], RELEASE).ids)
     assert tiny.least_tokens([user("the " * 1000)], RELEASE) > 100
