@@ -136,6 +136,10 @@ class Talk:
         assert isinstance(node, ScriptedNode)
         return node
 
+    @cached_property
+    def client(self) -> Any:
+        return sdk(self.fleet)
+
     # -- asking -----------------------------------------------------------------------------
 
     def ask(self, said: list[dict[str, Any]], kind: str, *, effort: str = "high", socket: bool = False) -> Any:
