@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 LADDER = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
+VERIFIED_LENGTHS = (2, 4, 8, 16)
+"""Of them, those at which a draft is verified: the id that is known and what may follow it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stretch:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from edge_node.engine.costs import StepCosts
-from edge_node.engine.ladder import LADDER, longest_within, next_stretch
+from edge_node.engine.ladder import LADDER, VERIFIED_LENGTHS, longest_within, next_stretch
 from edge_node.engine.limits import EngineLimits
 from edge_node.engine.prefix_store import PrefixStore
 from edge_node.engine.sequence import Sequence
@@ -25,8 +25,6 @@ from edge_node.engine.step import BLOCK_TOKENS, Chunk, Decode, Load, Logits, Mov
 _FILLER = 0
 _LEAST_STALL_S = 0.05
 _RANK = attrgetter("rank")
-# Lengths at which a draft is verified: the id that is known and what may follow it.
-VERIFIED_LENGTHS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +146,8 @@ class Scheduler:
         seated = [*self._running, *([self._rereading] if self._rereading and self._rereading.slot is not None else [])]
         held = sorted(_slot(sequence) for sequence in seated)
         assert len(set(held)) == len(held) == self._slots.used, held
+        # Above all that write, so that no dummy row of theirs lands in it.
+        assert self._rereading is None or self._rereading.slot in (None, self._slots.capacity - 1)
         assert all(sequence.slot is None for sequence in self._waiting)
         assert self._waiting == sorted(self._waiting, key=_RANK)
         assert len(self._waiting) <= self._limits.slots + self._limits.max_waiting

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from core.manifest import Manifest
-from edge_node.engine.ladder import LADDER
-from edge_node.engine.scheduler import VERIFIED_LENGTHS
+from edge_node.engine.ladder import LADDER, VERIFIED_LENGTHS
 from edge_node.engine.step import BLOCK_TOKENS, Chunk, Decode, Load, Logits, Move, Save, StepPlan, StepResult
 from edge_node.runtime.pools import CudaRuntime, DevicePools, Geometry, HostPools, Pools
 
