@@ -46,8 +46,8 @@ def measure(scale: Scale) -> Found:
             rows.append(row(f"sampling over that step, streams: {streams}, {mode}", shares, "%", at_most(10), 2))
     notes = [
         f"Vocabulary {VOCABULARY:,}; {THREADS} threads for the step, one for sampling. The step is that of two layers "
-        f"of GPT-OSS-20B's width and its whole vocabulary ({RECIPE}), so the model's own, of 24 layers, is several times "
-        "as long and the shares are bounds from above. Rows are noise as wide as a trained model's."
+        f"of GPT-OSS-20B's width under its whole vocabulary ({RECIPE}): the model's own, of 24 layers, is several "
+        "times as long, so the shares are bounds from above. Rows are noise as wide as a trained model's."
     ]
     return Found("sampler", "Sampling at GPT-OSS's vocabulary", rows, notes)
 
