@@ -19,7 +19,7 @@ def measure(scale: Scale) -> Found:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("bench: the theme `product` needs two cores.")
-    folder, tokens = endless(), scale(160, 80)
+    folder, tokens = endless(), scale(224, 160)
     manifest = read_manifest(folder)
     speech = speech_of(folder, manifest)
     prompts = [speech.lay_out(request(manifest, "", story(i), 1).items, manifest.release).ids for i in range(SLOTS)]
@@ -57,4 +57,6 @@ async def eight(fleet: Fleet, tokens: int) -> list[Heard]:
 def rate(streams: list[Heard]) -> float:
     """Tokens per second of all streams, while all of them were running."""
     begin, end = max(each.times_s[0] for each in streams), min(each.times_s[-1] for each in streams)
+    if begin >= end:
+        raise SystemExit("bench: the streams were never all running; ask for more tokens, or leave the machine alone.")
     return sum(begin < moment <= end for each in streams for moment in each.times_s) / (end - begin)
