@@ -18,7 +18,7 @@ from tests.bench.engine.loops import (
     story,
     time_to_first,
 )
-from tests.bench.engine.rows import Found, Scale, at_most, row, tell
+from tests.bench.engine.rows import Found, Scale, at_most, ratios, row, tell
 from tests.bench.report import THREADS
 
 PROMPT_TOKENS = 2000
@@ -67,6 +67,7 @@ def measure(scale: Scale) -> Found:
         row("max_stall_ms (two steps, at least 50 ms) + 1.2 steps", allowed_ms, "ms"),
         row("the prompt, alone", alone_s, "s", digits=2),
         row("the prompt, beside seven streams", beside_s, "s", digits=2),
+        row("the prompt, beside over alone", ratios(beside_s, alone_s), "x"),
     ]
     notes = [
         f"{STREAMS} streams are running when a prompt of {PROMPT_TOKENS} tokens comes; {THREADS} threads; a step is "
