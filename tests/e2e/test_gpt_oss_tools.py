@@ -148,8 +148,15 @@ class Talk:
         seed = seed_of(kind, self.asked)
         body: dict[str, Any] = {"model": MODEL, "input": said, "tools": TOOLS, "instructions": INSTRUCTIONS}
         body |= {"reasoning": {"effort": effort}, "previous_response_id": self.last_id}
-        events = self._over_socket(body, seed) if socket else self._over_http(body, seed)
+        send = self._over_socket if socket else self._over_http
+        events = send(body, seed)
         check_log(events)
+        if lost(events):
+            # A busy machine held up a step for so long that the only node was suspected. Had the engine died, its
+            # prefixes would be gone, and `cached_tokens` would show it.
+            eventually(self.fleet.all_ready, PREFIX_S, "the node is trusted again")
+            events = send(body, seed)
+            check_log(events)
         response = events[-1]["response"]
         assert response["status"] == "completed", response
         check_items(response["output"], events, kind)
@@ -225,6 +232,12 @@ class Talk:
         finally:
             connection.close()
         return msgspec.msgpack.decode(payload, type=StoredResponse)
+
+
+def lost(events: list[dict[str, Any]]) -> bool:
+    """Whether the client was told to send its request again because the router had left the node."""
+    error = events[-1]["response"]["error"] or {}
+    return error.get("edgechat_code") == "node_lost" and error["retryable"] is True
 
 
 def messages_of(ids: list[int], speech: HarmonySpeech) -> list[list[int]]:
