@@ -28,10 +28,18 @@ class _Table:
         self._seconds[size] = seconds if before is None else before + _WEIGHT * (seconds - before)
 
     def estimate(self, size: int) -> float:
-        """Never too low as long as cost grows with size, and no faster than in proportion."""
-        known = sorted(self._seconds)
-        if not known:
+        """Never too low as long as cost grows with size, and no faster than in proportion.
+
+        By that rule shorter ones bound longer ones as well: one preempted step of a length must not keep that length
+        from ever being tried, and so measured, again.
+        """
+        if not self._seconds:
             return size * _UNKNOWN_S_PER_TOKEN
+        in_proportion = [seconds * size / known for known, seconds in self._seconds.items() if known < size]
+        return min([self._between(size), *in_proportion])
+
+    def _between(self, size: int) -> float:
+        known = sorted(self._seconds)
         at = bisect_left(known, size)
         if at == len(known):
             return self._seconds[known[-1]] * size / known[-1]

@@ -110,7 +110,7 @@ def _kept(row: Logits, best: np.float32, sampling: Sampling) -> Logits:
         return ranked[ranked >= lowest]
     if sampling.top_p >= 1:
         return descending(row, lowest)
-    goal = sampling.top_p * block_sums(weights(row, best, sampling.temperature))[-1]
+    goal = sampling.top_p * float(weights(row, best, sampling.temperature).sum())
     for depth in _DEPTHS:
         floor = max(lowest, float(best) - depth * sampling.temperature)
         ranked = descending(row, floor)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from edge_node.engine.costs import StepCosts
+from edge_node.engine.ladder import LADDER, longest_within
 from edge_node.engine.step import Chunk, Decode, StepPlan, StepResult
 
 
@@ -45,3 +46,22 @@ def test_rates_are_those_of_a_long_prompt_and_of_one_stream() -> None:
     costs.observe(*decode_of(8, 0.02))
     rates = costs.rates()
     assert rates.prefill_tokens_s == pytest.approx(800) and rates.decode_tokens_s == pytest.approx(50)
+
+
+def test_a_length_that_was_slow_once_is_tried_again() -> None:
+    def true_s(tokens: int) -> float:
+        return 0.005 + 0.0018 * tokens
+
+    def longest() -> int:
+        return longest_within({step: costs.chunk_s(step) for step in LADDER}, 0.05, 256)
+
+    costs = StepCosts()
+    for tokens in (2, 32, 128):
+        costs.observe(*chunk_of(tokens, true_s(tokens)))
+    usual = longest()
+    for _ in range(20):
+        costs.observe(*chunk_of(usual, 6 * true_s(usual)))
+    assert longest() < usual
+    for _ in range(100):
+        costs.observe(*chunk_of(longest(), true_s(longest())))
+    assert longest() >= usual // 2, "what shorter ones cost says that it cannot be that slow"
