@@ -229,7 +229,11 @@ class Rates(_Frame, frozen=True):
 
 
 class Status(_Frame, frozen=True, tag="status"):
-    """Every 250 ms. load: running and waiting over slots. vouched: the parent vouches for its child."""
+    """Every 250 ms. load: running and waiting over slots. vouched: the parent vouches for its child.
+
+    chains: what changed of what the prefix store holds, by prefix key, all of it after Hello; 0 tokens = gone.
+    yielding: of those running and waiting, how many give way to everybody else (priority below 0).
+    """
 
     load: float
     running: int
@@ -241,6 +245,7 @@ class Status(_Frame, frozen=True, tag="status"):
     state: EngineState = "ready"
     engine_pid: int = 0
     echo: int = 0
+    yielding: int = 0
 
 
 class Drain(_Frame, frozen=True, tag="drain"):

@@ -302,6 +302,7 @@ class Node:
             state=supervisor.state,
             engine_pid=0 if self._engine is None else self._engine.pid,
             echo=echo,
+            yielding=supervisor.yielding,
         )
 
     def facts(self) -> Facts:

@@ -123,6 +123,10 @@ class Supervisor:
         return self._beat.waiting if self._beat else 0
 
     @property
+    def yielding(self) -> int:
+        return self._beat.yielding if self._beat else 0
+
+    @property
     def rates(self) -> Rates:
         return self._beat.rates if self._beat else Rates()
 

@@ -23,6 +23,7 @@ from router.policy import choose
 from router.session import Instant
 from router.sessions import Reader, Running, Sessions, Shelf
 from router.store import StoredResponse
+from router.terms import priority
 
 MAX_TURNS = 1000
 # More than any model's context, less than what a link carries in one frame.
@@ -73,7 +74,12 @@ class Dispatcher:
         # From the choice to its dispatch nothing is awaited: what was chosen is still true.
         salt = self._salt(tenant)
         keys_under = cache(lambda release: prefix_keys(items, release, salt))
-        choice = choose(self._fleet.ready(self._now().mono_s), model, prefix_keys=keys_under)
+        choice = choose(
+            self._fleet.ready(self._now().mono_s),
+            model,
+            prefix_keys=keys_under,
+            yields=priority(call.request) < 0,
+        )
         if choice is None:
             raise NoNodeAvailable(model)
         record = self._record(tenant, call, choice.release)

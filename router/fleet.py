@@ -59,6 +59,11 @@ class Node:
         return self.running + self.waiting
 
     @property
+    def pressing(self) -> int:
+        """Streams that have or want a slot and give it to nobody."""
+        return self.occupied - (self.status.yielding if self.status else 0)
+
+    @property
     def slots(self) -> int:
         return self.hello.slots
 

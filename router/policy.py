@@ -31,9 +31,15 @@ def no_keys(release: str) -> Sequence[str]:
 
 
 def choose(
-    ready: Iterable[Node], model: str, exclude: Collection[str] = (), prefix_keys: PrefixKeys = no_keys
+    ready: Iterable[Node],
+    model: str,
+    exclude: Collection[str] = (),
+    prefix_keys: PrefixKeys = no_keys,
+    yields: bool = False,
 ) -> Choice | None:
     """The node for a request of `model` (an alias, or a release named in full), or None.
+
+    yields: the request gives way to all others, so it gets a free slot or nothing, and others do not see it.
 
     Free nodes come first: nearest, then the one whose prefix store holds most of the conversation,
     then emptiest, then by url. If all are full: the least loaded, while its line is short; what a node
@@ -50,7 +56,8 @@ def choose(
         near = [choice for choice in free if _rtt_s(choice) <= reach_s]
         # With one node to take there is nothing to ask.
         return near[0] if len(near) == 1 else min(near, key=lambda choice: _strangeness(choice, prefix_keys))
-    queueing = [choice for choice in able if choice.node.occupied < choice.node.slots * (1 + SHORT_LINE_PER_SLOT)]
+    line_per_slot = 0 if yields else 1 + SHORT_LINE_PER_SLOT
+    queueing = [choice for choice in able if choice.node.pressing < choice.node.slots * line_per_slot]
     return min(queueing, key=_crowding, default=None)
 
 
@@ -64,4 +71,4 @@ def _strangeness(choice: Choice, prefix_keys: PrefixKeys) -> tuple[int, float, s
 
 
 def _crowding(choice: Choice) -> tuple[float, str]:
-    return choice.node.occupied / max(1, choice.node.slots), choice.node.url
+    return choice.node.pressing / max(1, choice.node.slots), choice.node.url

@@ -98,6 +98,11 @@ class Engine:
         return self._scheduler.waiting
 
     @property
+    def yielding(self) -> int:
+        """Running and waiting streams of a priority below 0."""
+        return self._scheduler.yielding
+
+    @property
     def rates(self) -> Rates:
         return self._costs.rates()
 
@@ -126,6 +131,7 @@ class Engine:
                 return []
             self._forget(known)
         try:
+            refused = self._make_room(request)
             answer = self._accept(request, now_s)
         except (RequestError, ReleaseNotServed, Overloaded) as error:
             return [_failed(request, error)]
@@ -133,9 +139,11 @@ class Engine:
             return [self._fault(request, error)]
         if answer.finish is not None:
             return [_started(answer), _done(answer, answer.finish, now_s)]
+        if refused is not None:
+            self._forget(refused)
         self._streams[request.stream] = self._answers[answer.sequence] = answer
         self._scheduler.add(answer.sequence)
-        return [_progress(answer)]
+        return [*([] if refused is None else [_failed(refused.request, self._overloaded())]), _progress(answer)]
 
     def cancel(self, stream: str, epoch: int, now_s: float) -> list[Output]:
         """End a stream unless it has a newer epoch than the one meant."""
@@ -155,10 +163,10 @@ class Engine:
     def plan(self, now_s: float) -> StepPlan | None:
         """What to run next, None when idle; every plan must be committed before the next.
 
-        With nobody to answer, the conversations that ended last are re-read, one after another.
+        With nobody to answer, conversations that have ended are re-read, the latest first: the likeliest to go on.
         """
         while (plan := self._scheduler.plan(now_s)) is None and self._past:
-            self._reread(self._past.popleft())
+            self._reread(self._past.pop())
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Output]:
@@ -182,6 +190,21 @@ class Engine:
 
     # -- accepting --------------------------------------------------------------------------
 
+    def _make_room(self, request: Generate) -> Answer | None:
+        """Who has to leave the full line for this request: somebody of lower priority for whom nothing was done yet.
+
+        Before the request costs anything; raises Overloaded when it is the one that has to leave.
+        """
+        if self._scheduler.has_room():
+            return None
+        last = self._scheduler.last_in_line(below=request.priority)
+        if last is None:
+            raise self._overloaded()
+        return self._answers[last]
+
+    def _overloaded(self) -> Overloaded:
+        return Overloaded(f"All {self._limits.slots} slots are busy and the waiting line is full; try again shortly.")
+
     def _accept(self, request: Generate, now_s: float) -> Answer:
         self._refuse(request)
         guide = self._guide(request)
@@ -194,10 +217,6 @@ class Engine:
         sequence = self._sequence(request, prompt, guide)
         answer = Answer(request, sequence, self._speech.start(request.stop), guide, fitted.dropped_items, now_s)
         answer.replay(request.output_ids)
-        if answer.finish is None and not self._scheduler.has_room():
-            raise Overloaded(
-                f"All {self._limits.slots} slots are busy and the waiting line is full; try again shortly."
-            )
         if not fitted.dropped_items:
             self._chains.note(request.prefix_keys, fitted.prompt.ends, sequence.keys)
         return answer
@@ -233,7 +252,6 @@ class Engine:
 
     def _fit(self, request: Generate) -> Fitted:
         """A continued response keeps the cut that its first ids were generated under."""
-
         release, most = self._manifest.release, self._limits.context_tokens
         setting = setting_of(request)
 

@@ -73,10 +73,20 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def yielding(self) -> int:
+        """How many of those that run or wait have a priority below the usual 0."""
+        return sum(sequence.priority < 0 for sequence in (*self._running, *self._waiting))
+
     def has_room(self) -> bool:
         """Whether one more sequence may wait."""
         free = self._limits.slots - len(self._running)
         return len(self._waiting) < free + self._limits.max_waiting
+
+    def last_in_line(self, below: int) -> Sequence | None:
+        """The last of those that wait, if its priority is lower and nothing was ever done for it."""
+        untouched = [sequence for sequence in self._waiting if sequence.admitted_s is None]
+        return untouched[-1] if untouched and untouched[-1].priority < below else None
 
     def add(self, sequence: Sequence) -> None:
         self._arrivals += 1

@@ -63,7 +63,8 @@ class Beat(_Message, frozen=True, tag="beat"):
     """Sent every BEAT_S by a thread of its own.
 
     step: steps begun so far. age_s: of what the engine's thread is doing, < 0 when it waits for work.
-    predicted_s: of the running step, 0 between steps.
+    predicted_s: of the running step, 0 between steps. yielding: of those running and waiting, how many are of a
+    priority below 0.
     """
 
     step: int
@@ -72,6 +73,7 @@ class Beat(_Message, frozen=True, tag="beat"):
     running: int
     waiting: int
     rates: Rates
+    yielding: int = 0
 
 
 class Outputs(_Message, frozen=True, tag="outputs"):

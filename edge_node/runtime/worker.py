@@ -112,10 +112,11 @@ class Pulse:
     running: int = 0
     waiting: int = 0
     rates: Rates = field(default_factory=Rates)
+    yielding: int = 0
 
     def beat(self, now_s: float) -> Beat:
         age_s = -1.0 if self.started_s is None else now_s - self.started_s
-        return Beat(self.step, age_s, self.predicted_s, self.running, self.waiting, self.rates)
+        return Beat(self.step, age_s, self.predicted_s, self.running, self.waiting, self.rates, self.yielding)
 
 
 class Stepper:
@@ -188,7 +189,8 @@ class Stepper:
 
     def _publish(self, started_s: float | None, predicted_s: float = 0.0) -> None:
         engine = self._engine
-        self.pulse = Pulse(self._steps, started_s, predicted_s, engine.running, engine.waiting, engine.rates)
+        counts = engine.running, engine.waiting, engine.rates, engine.yielding
+        self.pulse = Pulse(self._steps, started_s, predicted_s, *counts)
 
     def _give(self, given: list[Output]) -> None:
         if given:

@@ -228,3 +228,15 @@ def test_where_there_is_no_choice_no_keys_are_made() -> None:
         raise AssertionError
 
     assert choose(two(IDLE, IDLE).ready(0.0), "tiny", prefix_keys=asked) is not None
+
+
+def test_who_gives_way_gets_a_free_slot_or_nothing() -> None:
+    assert choose(two(FULL, IDLE).ready(0.0), "tiny", yields=True) is not None
+    assert choose(two(FULL, FULL).ready(0.0), "tiny", yields=True) is None
+
+
+def test_those_who_give_way_keep_nobody_out() -> None:
+    flooded = status(running=2, waiting=2, yielding=3)
+    assert chosen(two(flooded, status(running=2, waiting=2))) == "ws://near"
+    assert chosen(two(flooded, FULL)) == "ws://near", "one that stays against two"
+    assert chosen(two(status(running=2, waiting=2, yielding=0), status(running=2, waiting=2))) is None

@@ -7,7 +7,7 @@ from itertools import count
 import msgspec
 import pytest
 
-from core.frames import Done, Failed, Generate, Logprobs, Row, Text
+from core.frames import Done, Failed, Generate, Logprobs, Progress, Row, Text
 from edge_node.engine.engine import Engine, EngineLimits, Output
 from edge_node.engine.logprobs import logprobs
 from edge_node.engine.step import Move
@@ -185,3 +185,53 @@ def test_a_request_without_drafts_is_computed_id_by_id() -> None:
         engine.submit(generate(text=repeated, exact=exact), 0.0)
         (answer,) = engine._answers.values()
         assert (answer.sequence.speculator is None) == exact
+
+
+def test_a_full_line_makes_room_for_a_higher_priority_by_refusing_who_was_not_begun() -> None:
+    node = Node(slots=1, max_waiting=1)
+    node.submit(unending("runs", 8, priority=1), generate("waits", "w", priority=-1))
+    node.steps(2)
+    node.outputs.clear()
+    node.submit(generate("same", "s", priority=-1))
+    assert [(frame.stream, frame.code) for frame in node.outputs if isinstance(frame, Failed)] == [
+        ("same", "overloaded")
+    ], "nobody leaves for an equal"
+    node.outputs.clear()
+    node.submit(generate("usual", "u"))
+    refused, accepted = node.outputs
+    assert isinstance(refused, Failed) and (refused.stream, refused.code, refused.retryable) == (
+        "waits",
+        "overloaded",
+        True,
+    )
+    assert isinstance(accepted, Progress) and accepted.stream == "usual"
+    node.engine.check_invariants()
+    node.run_dry()
+    assert node.finished() == ["runs", "usual"]
+
+
+def test_who_had_to_give_way_is_never_refused_for_it() -> None:
+    node, low = Node(slots=1, max_waiting=1), unending("low", 8, priority=-1)
+    node.submit(low)
+    node.steps(3)
+    node.submit(unending("usual", 8))
+    node.steps(1)
+    node.submit(generate("other", "o"), generate("late", "l"))
+    assert [frame.stream for frame in node.outputs if isinstance(frame, Failed)] == ["other", "late"]
+    node.run_dry()
+    assert node.ids("low") == said_alone(low, CONTEXT)
+
+
+def test_those_who_give_way_are_counted() -> None:
+    node = Node(slots=1)
+    node.submit(generate("a", "a", priority=-1), generate("b", "b"), generate("c", "c", priority=-1))
+    assert node.engine.yielding == 2
+
+
+def test_a_refusal_under_overload_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(slots=1, max_waiting=0)
+    node.submit(unending("runs", 8))
+    monkeypatch.setattr(FakeSpeech, "lay_out", lambda *_: 1 / 0)
+    node.submit(generate("refused", "r"))
+    assert isinstance(node.outputs[-1], Failed) and node.outputs[-1].code == "overloaded"
+    assert node.engine.take_faults() == []
