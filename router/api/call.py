@@ -51,16 +51,21 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def read_fields(body: dict[str, Any], kind: type[T]) -> T:
-    """The known fields of `body` with their types checked; others are ignored. Raises RequestError naming the field."""
+def read_fields(body: dict[str, Any], kind: type[T], inside: str = "") -> T:
+    """The known fields of `body` with their types checked; others are ignored. Raises RequestError naming the field.
+
+    inside: where in the request `body` lies, "" = it is the whole.
+    """
+    prefix = f"{inside}." if inside else ""
     try:
         return msgspec.convert(body, kind)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").lstrip(".")
         if not field and problem.startswith("Object missing required field `"):
-            field = problem.split("`")[1]
+            field = prefix + problem.split("`")[1]
             raise RequestError(f"`{field}` is missing.", param=field) from error
+        field = (prefix + field).rstrip(".")
         raise RequestError(f"`{field}` is unusable: {problem}.", param=field or None) from error
 
 

@@ -71,7 +71,7 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> ChatCall:
     """A chat completion to answer; raises RequestError naming the field that cannot be used."""
     fields = read_fields(body, _Body)
     _refuse_unservable(fields)
-    tools = function_tools([flat_tool(tool) for tool in fields.tools or []])
+    tools = function_tools([flat_tool(tool) for tool in fields.tools or []], ".function")
     limit = fields.max_completion_tokens or fields.max_tokens or defaults.max_output_tokens
     request = Request(
         model=fields.model,

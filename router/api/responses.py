@@ -28,7 +28,7 @@ Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 class Reasoning(msgspec.Struct):
     effort: str | None = None
-    summary: str | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class Text(msgspec.Struct):

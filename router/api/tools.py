@@ -6,25 +6,42 @@ says so, or it is refused.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+from msgspec import Meta
 
 from core.errors import RequestError
+from router.api.call import read_fields
 
 Tool: TypeAlias = dict[str, Any]
 
 
-def function_tools(tools: list[Tool]) -> list[Tool]:
-    """The functions among the offered tools, every field present; hosted tools are not ours and left out."""
-    kept: list[Tool] = []
+class Function(msgspec.Struct):
+    """A function as the model is told of it, and as the answer echoes it: what the SDK's `FunctionTool` can hold."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+def function_tools(tools: list[Tool], inside: str = "") -> list[Tool]:
+    """The functions among the offered tools, every field present; hosted tools are not ours and left out.
+
+    inside: where in a tool the client has written the function. Raises RequestError naming the tool and its field.
+    """
+    kept: dict[str, Tool] = {}
     for index, tool in enumerate(tools):
         if tool.get("type") != "function":
             continue
-        name, parameters = tool.get("name"), tool.get("parameters")
-        if not isinstance(name, str) or not isinstance(parameters, dict | None):
-            raise RequestError(f"`tools[{index}]` needs a name and an object `parameters`.", param="tools")
-        described = {"description": tool.get("description"), "parameters": parameters, "strict": tool.get("strict")}
-        kept.append({"type": "function", "name": name, **described})
-    return kept
+        where = f"tools[{index}]{inside}"
+        function = read_fields(tool, Function, where)
+        if function.name in kept:
+            sentence = f"`{where}.name` is {function.name!r}, as another function's; give each its own name."
+            raise RequestError(sentence, param=f"{where}.name")
+        kept[function.name] = {"type": "function", **msgspec.structs.asdict(function)}
+    return list(kept.values())
 
 
 def effective_choice(asked: object, tools: list[Tool]) -> Any:
@@ -69,7 +86,7 @@ def _allowed(listed: list[Any], tools: list[Tool]) -> Tool:
 def flat_tool(tool: Tool) -> Tool:
     """Chat completions nest a function under `function`; the Responses dialect, and our nodes, do not."""
     function = tool.get("function")
-    return {"type": tool.get("type"), **function} if isinstance(function, dict) else tool
+    return {**function, "type": tool.get("type")} if isinstance(function, dict) else tool
 
 
 def flat_choice(asked: object) -> object:
