@@ -210,7 +210,10 @@ class Done(_Frame, frozen=True, tag="done"):
 
 
 class Failed(_Frame, frozen=True, tag="failed"):
-    """The stream ended in an error; `code` is one of core/errors, `have`/`most` for a context too long."""
+    """The stream ended in an error; `code` is one of core/errors, `have`/`most` for a context too long.
+
+    param: the field that is to blame, as the Responses dialect has it ("text.format"), or "".
+    """
 
     stream: str
     epoch: int
@@ -219,6 +222,7 @@ class Failed(_Frame, frozen=True, tag="failed"):
     message: str
     have: int = 0
     most: int = 0
+    param: str = ""
 
 
 class Rates(_Frame, frozen=True):

@@ -77,11 +77,12 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why a response failed: one of our codes (core/errors) and a sentence."""
+    """Why a response failed: one of our codes (core/errors) and a sentence. param: the field to blame, or ""."""
 
     code: str
     message: str
     retryable: bool
+    param: str = ""
 
 
 class EndRecord(msgspec.Struct, frozen=True, kw_only=True):

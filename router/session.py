@@ -274,7 +274,7 @@ class Session:
         if failed.code == DeadlineExceeded.code:
             # A node that went on with the answer knows only the rest of its time.
             return self._end_failed(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
-        failure = Failure(failed.code, failed.message, failed.retryable)
+        failure = Failure(failed.code, failed.message, failed.retryable, failed.param)
         if failed.retryable and failed.code in NOT_HERE:
             return self._move(node, failure, now)
         return self._end_failed(failure, now)
@@ -334,4 +334,4 @@ class Session:
 
 
 def _failure(error: EdgechatError) -> Failure:
-    return Failure(error.code, error.message, error.retryable)
+    return Failure(error.code, error.message, error.retryable, error.param or "")

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from core.conversation import MAX_ITEMS, Item, text_of
-from core.errors import RequestError
+from core.errors import EdgechatError, RequestError
 from core.stream import Event, Request
 from router.api.call import Call, effort, output_text, read_fields, text_parts
 from router.api.fields import CommonFields, common
@@ -22,6 +22,7 @@ from router.config import Defaults
 
 Chunk: TypeAlias = dict[str, Any]
 _ROLES = ("assistant", "developer", "system", "tool", "user")
+_OWN_NAMES = {"text.format": "response_format", "input": "messages"}
 
 
 class _StreamOptions(msgspec.Struct):
@@ -121,6 +122,15 @@ def _said(message: _Message, where: str) -> list[Item]:
     if message.content is None and calls:
         return list(calls)
     return [Item("message", message.role, text_of(message.content, where)), *calls]
+
+
+def own_names(error: EdgechatError) -> EdgechatError:
+    """The same error; a field that it names as the Responses dialect does, as a node does, is called as it was sent."""
+    for theirs, own in _OWN_NAMES.items():
+        if error.param == theirs:
+            error.param = own
+            error.message = error.message.replace(f"`{theirs}`", f"`{own}`")
+    return error
 
 
 def completion(response: dict[str, Any], *, logprobs: bool = False) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def from_failure(failure: Failure) -> EdgechatError:
     """Why a response failed or was refused, as the error that a client gets who was promised nothing yet."""
     kind = next((leaf for leaf in _leaves(EdgechatError) if leaf.code == failure.code), EdgechatError)
     retry_after_s = RETRY_AFTER_S if kind.status == 503 else None
-    error = EdgechatError(failure.message, param=_PARAMS.get(failure.code), retry_after_s=retry_after_s)
+    param = failure.param or _PARAMS.get(failure.code)
+    error = EdgechatError(failure.message, param=param, retry_after_s=retry_after_s)
     error.code, error.status, error.retryable = failure.code, kind.status, failure.retryable
     return error
 

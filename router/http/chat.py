@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from core.errors import EdgechatError
 from core.stream import Event
 from router.api.call import parse_json
-from router.api.chat_completions import ChatCall, ChatStream, completion, parse_chat
+from router.api.chat_completions import ChatCall, ChatStream, completion, own_names, parse_chat
 from router.api.errors import from_failure, http_body
 from router.api.models import model_list, one_model
 from router.http import sse
@@ -16,6 +17,14 @@ from router.http.readers import Whole
 
 
 async def create(request: web.Request) -> web.StreamResponse:
+    try:
+        return await _create(request)
+    except EdgechatError as error:
+        own_names(error)
+        raise
+
+
+async def _create(request: web.Request) -> web.StreamResponse:
     context, who = context_of(request), principal(request, "chat")
     chat = parse_chat(parse_json(await body_of(request)), context.config.defaults)
     if chat.call.stream:
@@ -42,7 +51,7 @@ async def _stream(request: web.Request, context: Context, tenant: str, chat: Cha
 
 def _closing(reader: sse.SseReader) -> bytes:
     failure = reader.end.end.error if reader.end else None
-    return sse.DONE if failure is None else sse.unnamed(http_body(from_failure(failure)))
+    return sse.DONE if failure is None else sse.unnamed(http_body(own_names(from_failure(failure))))
 
 
 class _Translator:

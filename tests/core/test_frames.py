@@ -130,6 +130,7 @@ def test_the_longer_frame_of_a_newer_peer_is_read(frame: Frame, more: list[objec
         (["hello", 1, "n", "i", "eu"], Hello(1, "n", "i", "eu")),
         (["started", "s", 1, 2, 3], Started("s", 1, 2, 3)),
         (["failed", "s", 1, "c", True, "m"], Failed("s", 1, "c", True, "m")),
+        (["failed", "s", 1, "c", True, "m", 0, 0, "stop"], Failed("s", 1, "c", True, "m", param="stop")),
         (["status", 0.5, 1, 2, [], [], True, False], Status(0.5, 1, 2, Rates(), [], True, False)),
         (["done", "s", 1, "stop", [1, 2, 3], []], Done("s", 1, "stop", Usage(1, 2, 3), Timings())),
         (["tokens", [["s", 1, 0, [5], [[["s", "message"]]]]]], Tokens([Row("s", 1, 0, [5], [[ItemStart("message")]])])),

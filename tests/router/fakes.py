@@ -90,8 +90,8 @@ def saying(*texts: str, finish: Finish = "stop") -> Script:
     return script
 
 
-def failing(code: str, message: str, *, retryable: bool = False) -> Script:
-    return lambda frame: [Failed(frame.stream, frame.epoch, code, retryable, message, 9000, 2048)]
+def failing(code: str, message: str, *, retryable: bool = False, param: str = "") -> Script:
+    return lambda frame: [Failed(frame.stream, frame.epoch, code, retryable, message, 9000, 2048, param)]
 
 
 class FakeClock:

@@ -49,10 +49,12 @@ async def test_a_chat_stream_ends_with_done(router: FakeRouter, http: ClientSess
     assert all(json.loads(data)["object"] == "chat.completion.chunk" for _, data in blocks[:-1])
 
 
-@pytest.mark.parametrize(("path", "body"), [("/v1/responses", BODY), ("/v1/chat/completions", CHAT)])
+@pytest.mark.parametrize(
+    ("path", "body", "param"), [("/v1/responses", BODY, "input"), ("/v1/chat/completions", CHAT, "messages")]
+)
 @pytest.mark.parametrize("stream", [True, False])
 async def test_what_a_node_refuses_is_an_http_status_also_for_streams(
-    router: FakeRouter, http: ClientSession, path: str, body: dict[str, object], stream: bool
+    router: FakeRouter, http: ClientSession, path: str, body: dict[str, object], param: str, stream: bool
 ) -> None:
     router.links.node("eu", failing("context_length_exceeded", "9000 tokens, 2048 fit.")).come_up()
     async with http.post(path, json=body | {"stream": stream}) as answer:
@@ -60,7 +62,7 @@ async def test_what_a_node_refuses_is_an_http_status_also_for_streams(
         error = (await answer.json())["error"]
     assert (error["code"], error["param"], error["message"]) == (
         "context_length_exceeded",
-        "input",
+        param,
         "9000 tokens, 2048 fit.",
     )
 

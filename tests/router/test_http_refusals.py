@@ -60,6 +60,22 @@ async def test_a_refusal_has_openais_shape_and_no_traceback(
     assert "Traceback" not in error["message"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [("/v1/responses", BODY, "text.format"), ("/v1/chat/completions", CHAT, "response_format")],
+)
+async def test_a_nodes_refusal_names_the_field_as_its_client_has_written_it(
+    router: FakeRouter, http: ClientSession, path: str, body: dict[str, object], param: str, stream: bool
+) -> None:
+    refusing = failing("unsupported_parameter", "`text.format` cannot be held.", param="text.format")
+    router.links.node("eu", refusing).come_up()
+    async with http.post(path, json=body | {"stream": stream}) as answer:
+        assert answer.status == 400
+        error = (await answer.json())["error"]
+    assert (error["param"], error["message"]) == (param, f"`{param}` cannot be held.")
+
+
 async def test_a_request_nested_to_the_interpreters_limit_is_never_a_mistake_of_ours(
     router: FakeRouter, http: ClientSession
 ) -> None:
