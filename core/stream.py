@@ -103,13 +103,27 @@ class _OpenItem:
         self.id = item_id
         self.pieces: list[str] = []
         self.logprobs: list[dict[str, Any]] = []
-        self._told = 0
+        self._held: list[dict[str, Any]] = []
+        self._unshown = b""
 
-    def untold_logprobs(self) -> list[dict[str, Any]]:
-        """Those that no delta has carried yet; from here on they count as told."""
-        untold = self.logprobs[self._told :]
-        self._told = len(self.logprobs)
-        return untold
+    def hold(self, logprob: dict[str, Any]) -> None:
+        """Log-probabilities come before their id's text; they are told with it, or never."""
+        self._held.append(logprob)
+        self._unshown += bytes(logprob["bytes"])
+
+    def shown_logprobs(self, text: str) -> list[dict[str, Any]]:
+        """Those whose ids' text begins within the item's, now that `text` is part of it; told from here on.
+
+        The rest may turn out to be a stop string. Text that no id spells (half a character) shows all ids so far.
+        """
+        if shown := text.encode("utf-8", "replace"):
+            self._unshown = self._unshown.partition(shown)[2]
+        count, behind = len(self._held), 0
+        while count and (behind := behind + len(self._held[count - 1]["bytes"])) <= len(self._unshown):
+            count -= 1
+        told, self._held = self._held[:count], self._held[count:]
+        self.logprobs += told
+        return told
 
     def as_json(self, status: str) -> dict[str, Any]:
         text = "".join(self.pieces)
@@ -249,9 +263,8 @@ class StreamLog:
             case ItemEnd():
                 return [] if self._item is None else self._end_item("completed")
             case Logprobs():
-                # They come before their id's text; what has none yet waits for the next delta, or for the item's end.
                 if self.record.request.logprobs and self._item is not None and self._item.start.kind == "message":
-                    self._item.logprobs.append(_logprob_json(delta))
+                    self._item.hold(_logprob_json(delta))
                 return []
 
     def _start_item(self, start: ItemStart) -> list[Event]:
@@ -269,7 +282,7 @@ class StreamLog:
         self._item.pieces.append(text)
         match self._item.start.kind:
             case "message":
-                logprobs = self._item.untold_logprobs()
+                logprobs = self._item.shown_logprobs(text)
                 return [self._part_event("response.output_text.delta", delta=text, logprobs=logprobs)]
             case "reasoning":
                 shown = self.record.request.reasoning is not None

@@ -376,8 +376,9 @@ def test_log_probabilities_come_with_the_text_that_their_ids_complete() -> None:
     ]
 
 
-def test_an_item_ends_with_the_log_probabilities_of_all_its_ids() -> None:
-    events = {event["type"]: event for event in log_of(HELD_BACK, logprobs=True)}
+def test_an_item_ends_with_the_log_probabilities_of_all_ids_that_are_part_of_its_text() -> None:
+    said: Said = [*HELD_BACK[:3], [Text("EN")], [ItemEnd()]]
+    events = {event["type"]: event for event in log_of(said, logprobs=True)}
     done = events["response.output_text.done"]
     assert _tokens(done) == [[0xC3], [0xA9], list(b"EN")]
     assert done["logprobs"][-1]["logprob"] == -9999.0
@@ -387,6 +388,34 @@ def test_an_item_ends_with_the_log_probabilities_of_all_its_ids() -> None:
     assert events["response.content_part.added"]["part"]["logprobs"] == []
 
 
+def _spoken(*ids: tuple[bytes, str]) -> Said:
+    """A message of ids with their own bytes and the text that the node said when it had them."""
+    deltas: Said = [[Logprobs(-0.1, [], own), *([Text(text)] if text else [])] for own, text in ids]
+    return [[ItemStart("message"), *deltas[0]], *deltas[1:], [ItemEnd()]]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (_spoken((b"The", "The"), (b" fox", " "), (b" jumps", ""), (b" over", "")), [b"The", b" fox"]),
+        (_spoken((b"The ", "The "), (b"fox", ""), (b" jumps", ""), (b" over", "")), [b"The "]),
+        # "aab" ends it: the third "a" shows that the first is none of it, and the others still may be.
+        (_spoken((b"a", ""), (b"a", ""), (b"a", "a"), (b"b", "")), [b"a"]),
+        (_spoken((b"EN", ""), (b"vy", "ENvy"), (b"EN", ""), (b"D", "")), [b"EN", b"vy"]),
+        # A leading space that is not said, and bytes that are no character, put nothing out of step.
+        (_spoken((b" Hi", "Hi"), (b".", "."), (b"EN", ""), (b"D", "")), [b" Hi", b"."]),
+        (_spoken((b"\xf0", ""), (b"!", "\ufffd!"), (b"EN", ""), (b"D", "")), [b"\xf0", b"!"]),
+    ],
+)
+def test_a_stop_string_over_several_ids_has_no_log_probabilities(said: Said, told: list[bytes]) -> None:
+    events = log_of(said, logprobs=True)
+    deltas = [entry for event in events if event["type"] == "response.output_text.delta" for entry in event["logprobs"]]
+    (done,) = (event for event in events if event["type"] == "response.output_text.done")
+    (item,) = events[-1]["response"]["output"]
+    assert [bytes(entry["bytes"]) for entry in done["logprobs"]] == told
+    assert deltas == done["logprobs"] == item["content"][0]["logprobs"]
+
+
 @given(said=SAID, end=st.sampled_from(ENDS))
 def test_nobody_gets_log_probabilities_unasked(said: Said, end: EndRecord) -> None:
     silent: Said = [[delta for delta in deltas if not isinstance(delta, Logprobs)] for deltas in said]
@@ -394,14 +423,13 @@ def test_nobody_gets_log_probabilities_unasked(said: Said, end: EndRecord) -> No
 
 
 @given(said=SAID)
-def test_each_log_probability_is_told_once_by_deltas_and_the_ends_of_their_items(said: Said) -> None:
+def test_an_item_ends_with_the_log_probabilities_that_its_deltas_told(said: Said) -> None:
     deltas: dict[str, list[list[int]]] = {}
     for event in log_of(said, logprobs=True):
         if event["type"] == "response.output_text.delta":
             deltas.setdefault(event["item_id"], []).extend(_tokens(event))
         if event["type"] == "response.output_text.done":
-            told = deltas.get(event["item_id"], [])
-            assert told == _tokens(event)[: len(told)]
+            assert deltas.get(event["item_id"], []) == _tokens(event)
 
 
 def test_a_request_kept_before_it_had_all_its_fields_is_still_read() -> None:
