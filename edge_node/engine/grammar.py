@@ -26,16 +26,16 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from core.errors import ReleaseError, UnsupportedParameter
+from core.limits import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
 from core.manifest import Manifest
 from edge_node.engine.speech.detokeniser import byte_table
 
-# A schema is compiled between two steps of everybody else's answers: the worst within these limits takes 0.2 s.
-MAX_SCHEMA_BYTES = 128 * 1024
+# A schema is compiled between two steps of everybody else's answers: the worst within these limits, and those that the
+# router knows too (core/limits), takes 0.2 s.
 MAX_PROPERTIES = 1_000
 MAX_OPTIONAL = 400
 """Of the properties: each of them is a way to go on at the same place, and the library has 2,000 for all ways."""
 
-MAX_SCHEMA_DEPTH = 100
 MAX_MULTIPLE = 10_000
 """Of the product of all different `multipleOf`: the automaton has a state for each remainder, and allOf multiplies."""
 

@@ -11,9 +11,9 @@ import msgspec
 from msgspec import Meta
 
 from core.errors import RequestError
+from core.limits import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from router.config import Defaults
 
-MAX_STOP = 4
 MAX_BIASES = 1024
 MAX_DEADLINE_S = 3600.0
 
@@ -74,6 +74,7 @@ def _biases(asked: dict[str, float]) -> list[tuple[int, float]]:
 
 def _stop_strings(stop: str | list[str] | None) -> list[str]:
     listed = [stop] if isinstance(stop, str) else list(stop or [])
-    if len(listed) > MAX_STOP or not all(listed):
-        raise RequestError(f"`stop` takes up to {MAX_STOP} strings that are not empty.", param="stop")
+    if len(listed) > MAX_STOP_STRINGS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in listed):
+        sentence = f"`stop` takes up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARACTERS} characters."
+        raise RequestError(sentence, param="stop")
     return listed

@@ -11,9 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from core.errors import RequestError
-
-MAX_SCHEMA_BYTES = 128 * 1024
-MAX_SCHEMA_DEPTH = 100
+from core.limits import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
 
 
 class Schema(msgspec.Struct):

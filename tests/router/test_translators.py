@@ -14,11 +14,11 @@ from pydantic import TypeAdapter
 from core.conversation import Item
 from core.errors import ContextTooLong, EdgechatError, NoNodeAvailable, RequestError
 from core.frames import Arguments, Delta, ItemEnd, ItemStart, Logprobs, Text, Usage
+from core.limits import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH, MAX_STOP_CHARACTERS
 from core.stream import EndRecord, Failure, replay
 from router.api import chat_completions, shim
 from router.api.call import Call, parse_json, rendered
 from router.api.errors import error_event, from_failure, http_body, http_headers
-from router.api.formats import MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH
 from router.api.responses import LOGPROBS, Cancel, Create, parse_create, parse_event
 from router.config import Defaults
 from tests.router.fakes import MODEL, record, words
@@ -123,6 +123,8 @@ def test_unknown_fields_and_hosted_tools_are_ignored() -> None:
         ({"tools": [F | {"parameters": []}]}, "tools[0].parameters"),
         ({"tools": [F, G, F]}, "tools[2].name"),
         ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": "a" * (MAX_STOP_CHARACTERS + 1)}, "stop"),
     ],
 )
 def test_a_field_that_cannot_be_used_is_named(changes: dict[str, Any], param: str) -> None:
