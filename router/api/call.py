@@ -69,13 +69,12 @@ def read_fields(body: dict[str, Any], kind: type[T], inside: str = "") -> T:
         raise RequestError(f"`{field}` is unusable: {problem}.", param=field or None) from error
 
 
-def effort(asked: str | None) -> str | None:
-    """The effective reasoning effort of gpt-oss, which knows three."""
+def effort(asked: str | None, where: str) -> str | None:
+    """The effective reasoning effort of gpt-oss, which knows three; raises RequestError naming the field `where`."""
     if asked is None:
         return None
     if asked not in _EFFORTS:
-        sentence = f"The reasoning effort {asked!r} is unknown; use low, medium or high."
-        raise RequestError(sentence, param="reasoning.effort")
+        raise RequestError(f"`{where}` is {asked!r:.60}, which is unknown; use low, medium or high.", param=where)
     return _EFFORTS[asked]
 
 

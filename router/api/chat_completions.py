@@ -6,16 +6,15 @@ dialects say the same.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
-from msgspec import Meta
 
 from core.conversation import MAX_ITEMS, Item, text_of
 from core.errors import EdgechatError, RequestError
 from core.stream import Event, Request
 from router.api.call import Call, effort, output_text, read_fields, text_parts
-from router.api.fields import CommonFields, common
+from router.api.fields import CommonFields, Count, common
 from router.api.formats import ChatFormat, text_format
 from router.api.tools import effective_choice, flat_choice, flat_tool, function_tools
 from router.config import Defaults
@@ -51,8 +50,8 @@ class _Body(CommonFields, kw_only=True):
     messages: list[_Message]
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     n: int | None = None
     seed: int | None = None
     logprobs: bool | None = None
@@ -80,7 +79,7 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> ChatCall:
         store=False,
         max_output_tokens=limit,
         # Asked for always: the chunks carry it, and a model that does not reason sends none.
-        reasoning={"effort": effort(fields.reasoning_effort), "summary": None},
+        reasoning={"effort": effort(fields.reasoning_effort, "reasoning_effort"), "summary": None},
         text={"format": text_format(fields.response_format, "response_format")},
         tools=tools,
         tool_choice=effective_choice(flat_choice(fields.tool_choice), tools),

@@ -15,8 +15,10 @@ from core.limits import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from router.config import Defaults
 
 MAX_BIASES = 1024
+MAX_COUNT = 2**31 - 1
 MAX_DEADLINE_S = 3600.0
 
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 
@@ -26,7 +28,7 @@ class CommonFields(msgspec.Struct, kw_only=True):
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=MAX_COUNT)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     # Much less would carry logits beyond what a float32 holds.
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=2)] | None = None

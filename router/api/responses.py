@@ -15,7 +15,7 @@ from core.conversation import parse_input
 from core.errors import RequestError
 from core.stream import Event, Request
 from router.api.call import Call, effort, parse_json, read_fields
-from router.api.fields import CommonFields, common
+from router.api.fields import CommonFields, Count, common
 from router.api.formats import Format, text_format
 from router.api.tools import effective_choice, function_tools
 from router.config import Defaults
@@ -44,8 +44,8 @@ class _Body(CommonFields, kw_only=True):
     previous_response_id: str | None = None
     stream: bool | None = None
     store: bool | None = None
-    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
+    max_output_tokens: Count | None = None
+    max_tool_calls: Count | None = None
     seed: Seed | None = None
     include: list[str] | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -151,7 +151,7 @@ def _refuse_unservable(fields: _Body) -> None:
 
 
 def _reasoning(asked: Reasoning | None) -> dict[str, Any] | None:
-    return None if asked is None else {"effort": effort(asked.effort), "summary": asked.summary}
+    return None if asked is None else {"effort": effort(asked.effort, "reasoning.effort"), "summary": asked.summary}
 
 
 def on_lane(event: Event, stream_id: str | None) -> Event:

@@ -72,6 +72,9 @@ def test_unknown_fields_and_hosted_tools_are_ignored() -> None:
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 10**30}, "max_output_tokens"),
+        ({"max_tool_calls": 10**30}, "max_tool_calls"),
+        ({"top_k": 10**30}, "top_k"),
         ({"truncation": "some"}, "truncation"),
         ({"metadata": {"a": 1}}, "metadata[...]"),
         ({"seed": 2**63}, "seed"),
@@ -368,6 +371,9 @@ def test_a_chat_becomes_items_of_the_same_conversation() -> None:
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, None),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
+        ({"reasoning_effort": "bogus"}, "reasoning_effort"),
     ],
 )
 def test_a_chat_field_that_cannot_be_used_is_named(changes: dict[str, Any], param: str | None) -> None:
