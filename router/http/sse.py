@@ -101,12 +101,9 @@ async def send(
     response = web.StreamResponse(headers=headers)
     await response.prepare(request)
 
-    async def write(batch: list[bytes]) -> None:
-        await response.write(b"".join(batch))
-
     # A client that goes away ends its own stream only; the handler's `finally` tells the session.
     with contextlib.suppress(ConnectionError):
-        await outbox.drain(write)
+        await outbox.drain(response.write)
         if closing := last():
             await response.write(closing)
         await response.write_eof()

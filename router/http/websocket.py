@@ -135,9 +135,8 @@ class Peer:
             self._outbox.finish()
 
     async def _write(self, outbox: Outbox) -> None:
-        async def write(batch: list[bytes]) -> None:
-            for frame in batch:
-                await self._socket.send_frame(frame, WSMsgType.TEXT)
+        async def write(frame: bytes) -> None:
+            await self._socket.send_frame(frame, WSMsgType.TEXT)
 
         # A client that is gone ends the receiving side too, which ends this task.
         with contextlib.suppress(ConnectionError):
