@@ -5,6 +5,7 @@ Does not know the dialects nor where history is kept.
 
 from __future__ import annotations
 
+import json
 from typing import Any, TypeVar
 
 import msgspec
@@ -45,10 +46,24 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(text)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        if _escapes_half_a_pair(text):
+            sentence = "The message is no valid Unicode: it escapes half a surrogate pair; send both, or neither."
+            raise MalformedBody(sentence) from error
         raise MalformedBody(f"The message is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise MalformedBody("The message must be a JSON object.")
     return value
+
+
+def _escapes_half_a_pair(text: str | bytes) -> bool:
+    r"""Whether an otherwise valid message has a \ud800 that is alone, which msgspec calls truncated, or malformed."""
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def read_fields(body: dict[str, Any], kind: type[T], inside: str = "") -> T:

@@ -267,11 +267,20 @@ def test_the_effective_effort_is_kept(asked: str, effective: str) -> None:
     assert create(reasoning={"effort": asked}).request.reasoning == {"effort": effective, "summary": None}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "1", "nul", '{"a": "\\ud800"}', "[" * 100_000, '{"a": NaN}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", "nul", "[" * 100_000, '{"a": NaN}'])
 def test_what_is_not_a_json_object_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="JSON") as caught:
         parse_json(text)
     assert caught.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("escaped", [r"\ud800", r"\ud800 and more", r"\udc00", r"\ud800\u0041"])
+@pytest.mark.parametrize("made", [str, str.encode])
+def test_half_a_surrogate_pair_is_no_valid_unicode(escaped: str, made: Callable[[str], str | bytes]) -> None:
+    for text in (f'{{"a": ["{escaped}"]}}', f'{{"{escaped}": 1}}'):
+        with pytest.raises(RequestError, match="no valid Unicode") as caught:
+            parse_json(made(text))
+        assert caught.value.code == "invalid_json"
 
 
 def test_client_events_are_told_apart() -> None:
