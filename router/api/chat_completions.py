@@ -118,9 +118,12 @@ def _said(message: _Message, where: str) -> list[Item]:
         Item("function_call", "assistant", call.function.arguments, name=call.function.name, call_id=call.id)
         for call in message.tool_calls or []
     ]
-    if message.content is None and calls:
-        return list(calls)
-    return [Item("message", message.role, text_of(message.content, where)), *calls]
+    content = message.content
+    if content is None and message.role == "assistant":
+        if calls:
+            return list(calls)
+        content = ""  # what SDKs send back of an answer that said nothing
+    return [Item("message", message.role, text_of(content, where)), *calls]
 
 
 def own_names(error: EdgechatError) -> EdgechatError:

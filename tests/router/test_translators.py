@@ -359,6 +359,13 @@ def test_a_chat_becomes_items_of_the_same_conversation() -> None:
     assert (made.request.store, made.prefix) == (False, "chatcmpl")
 
 
+@pytest.mark.parametrize("empty", [{}, {"tool_calls": None}, {"tool_calls": []}])
+def test_an_assistants_message_of_a_chat_that_says_nothing_is_empty_text(empty: dict[str, Any]) -> None:
+    said = {"role": "assistant", "content": None} | empty
+    made = PARSERS[1](messages=[*CHAT["messages"], said, *CHAT["messages"]])
+    assert made.request.input[1] == Item("message", "assistant", "")
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
