@@ -1,7 +1,8 @@
 """The Responses dialect: the body of `POST /v1/responses` and the client events of its WebSocket mode.
 
-Fields: the openai SDK's `types.responses`. Fields that are not known here are ignored; a known one
-that cannot be honoured is refused, because silence would change what the client gets.
+Fields: the openai SDK's `types.responses`. Fields that are not known here are ignored. A known one that cannot be
+honoured is refused, because silence would change what the client gets; but `max_tool_calls`, which counts hosted tools,
+and `parallel_tool_calls` are taken and echoed only: whether to call twice is the model's.
 """
 
 from __future__ import annotations
