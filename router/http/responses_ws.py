@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 
 from aiohttp import web
 
@@ -29,6 +29,7 @@ from router.auth import subprotocols
 from router.errors import ConnectionLimitReached
 from router.fleet import Node
 from router.http.context import Context, context_of, principal
+from router.http.kept import Kept
 from router.http.websocket import Peer, require_upgrade
 from router.store import StoredResponse
 
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 
 JSON_SUBPROTOCOL = "responses.v1.json"
 EXTENSIONS_SUBPROTOCOL = "edgechat.ext.v1"
-MAX_KEPT = 64
 
 
 async def connect(request: web.Request) -> web.StreamResponse:
@@ -67,7 +67,7 @@ class ResponsesConnection:
         self._tenant = tenant
         self._lanes: dict[str | None, deque[Call]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._kept = Kept()
 
     def on_text(self, text: str) -> None:
         try:
@@ -83,10 +83,8 @@ class ResponsesConnection:
         self.refuse(RequestError("Binary frames are not spoken here; send JSON in text frames."), None)
 
     def keep(self, response: StoredResponse) -> None:
-        """Remember an unstored response for `previous_response_id`, the newest `MAX_KEPT` of them."""
-        self._kept[response.record.id] = response
-        while len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
+        """Remember an unstored response for `previous_response_id`."""
+        self._kept.add(response)
 
     async def leave(self) -> None:
         """The client is gone: its responses lose their reader."""

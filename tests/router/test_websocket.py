@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from core.frames import Progress
+from router.http.kept import Kept
 from tests.router.fakes import CONFIG, MODEL, FakeRouter, done, failing, running_router, saying, tokens, words
 
 TERMINAL = {"response.completed", "response.incomplete", "response.failed", "error"}
@@ -241,18 +242,19 @@ async def test_an_unstored_response_is_remembered_by_its_own_connection_only(
 
 
 async def test_a_connection_remembers_its_newest_unstored_responses_only(
-    router: FakeRouter, socket: ClientWebSocketResponse, monkeypatch: pytest.MonkeyPatch
+    router: FakeRouter, anyone: ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("router.http.responses_ws.MAX_KEPT", 1)
+    monkeypatch.setattr("router.http.responses_ws.Kept", lambda: Kept(most=1))
     router.links.node("eu", saying("Hi")).come_up()
-    made = []
-    for _ in range(2):
-        await create(socket, store=False)
-        made.append((await until_end(socket))[-1]["response"]["id"])
-    await create(socket, previous_response_id=made[0])
-    assert (await until_end(socket))[-1]["code"] == "previous_response_not_found"
-    await create(socket, previous_response_id=made[1])
-    assert (await until_end(socket))[-1]["type"] == "response.completed"
+    async with anyone.ws_connect(f"{router.ws_url}/v1/responses", headers=KEY) as socket:
+        made = []
+        for _ in range(2):
+            await create(socket, store=False)
+            made.append((await until_end(socket))[-1]["response"]["id"])
+        await create(socket, previous_response_id=made[0])
+        assert (await until_end(socket))[-1]["code"] == "previous_response_not_found"
+        await create(socket, previous_response_id=made[1])
+        assert (await until_end(socket))[-1]["type"] == "response.completed"
 
 
 async def test_a_warm_up_says_nothing_and_can_be_continued(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
