@@ -58,6 +58,7 @@ class Dispatcher:
         kept: finished responses that only this client's connection remembers.
         Raises UnknownModel, PreviousResponseNotFound, NoNodeAvailable, RequestError, Draining.
         """
+        arrived_at_s = self._now().mono_s if call.arrived_at_s is None else call.arrived_at_s
         if self.draining:
             raise Draining
         _check_bounds(call.request)
@@ -86,7 +87,7 @@ class Dispatcher:
         if not call.generate:
             return self._sessions.warm_up(record, reader)
         keys = keys_under(choice.release)
-        return self._sessions.start(record, items, choice.node.url, reader, salt, keys)
+        return self._sessions.start(record, items, choice.node.url, reader, arrived_at_s, salt, keys)
 
     def _record(self, tenant: str, call: Call, release: str) -> RequestRecord:
         return RequestRecord(

@@ -132,7 +132,7 @@ class Session:
         self._moved_because: Failure | None = None
         self.ended = False
         self._opened = False
-        self._began_at_s = 0.0
+        self._arrived_at_s = 0.0
         self._readers = 1
         self._orphaned_at_s: float | None = None
 
@@ -145,9 +145,9 @@ class Session:
 
     # -- dispatch ------------------------------------------------------------------------------
 
-    def start(self, node: str, now: Instant) -> list[Effect]:
-        """Begin on a node; its first word opens the log. The request's deadline counts from here."""
-        self._began_at_s = now.mono_s
+    def start(self, node: str, now: Instant, arrived_at_s: float) -> list[Effect]:
+        """Begin on a node; its first word opens the log. arrived_at_s: from when (monotonic) the deadline counts."""
+        self._arrived_at_s = arrived_at_s
         return self.assign(node, now)
 
     def warm_up(self, now: Instant) -> list[Effect]:
@@ -186,7 +186,7 @@ class Session:
     def _time_left_s(self, now: Instant) -> float | None:
         """Until the request's deadline; None if it has none."""
         deadline_s = self.record.request.deadline_s
-        return self._began_at_s + deadline_s - now.mono_s if deadline_s else None
+        return self._arrived_at_s + deadline_s - now.mono_s if deadline_s else None
 
     def _generate(self, deadline_s: float) -> Generate:
         """The same for every node that is asked, but for what is already said and the time that is left."""

@@ -149,6 +149,7 @@ class Sessions:
         items: list[Item],
         node: str,
         reader: Reader,
+        arrived_at_s: float,
         salt: str,
         prefix_keys: Sequence[str] = (),
     ) -> Running:
@@ -156,7 +157,7 @@ class Sessions:
         grace_s = self._orphan_grace_s
         session = Session(record, items, cache_salt=salt, orphan_grace_s=grace_s, prefix_keys=prefix_keys)
         running = self._admit(session, reader)
-        self._carry_out(running, session.start(node, self._now()))
+        self._carry_out(running, session.start(node, self._now(), arrived_at_s))
         return running
 
     def warm_up(self, record: RequestRecord, reader: Reader) -> Running:

@@ -24,6 +24,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
     prefix: the response id's kind ("resp", "chatcmpl"). generate: False = answer at once, with nothing.
     history: items before `request.input` that this dialect brought itself (the plain shim).
+    arrived_at_s: monotonic, when it came; None = just now. What waits for its turn has to say it.
     """
 
     request: Request
@@ -33,6 +34,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stream_id: str | None = None
     history: list[Item] = []
+    arrived_at_s: float | None = None
 
 
 def rendered(request: Request, history: list[Item]) -> list[Item]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 
+import msgspec
 from aiohttp import web
 
 from core.errors import EdgechatError, Overloaded, RequestError, ResponseNotFound
@@ -73,7 +74,7 @@ class ResponsesConnection:
         try:
             match parse_event(text, self._context.config.defaults):
                 case Create(call):
-                    self._queue(call)
+                    self._queue(msgspec.structs.replace(call, arrived_at_s=self._context.now().mono_s))
                 case Cancel(response_id):
                     self._cancel(response_id)
         except EdgechatError as error:

@@ -36,7 +36,7 @@ def dispatched(**changes: object) -> tuple[Session, list[Effect]]:
     """A session that was sent to node `a`, which has not answered yet."""
     made = record(**changes)
     session = Session(made, made.request.input, cache_salt="salt", orphan_grace_s=30.0, prefix_keys=["key"])
-    return session, session.start("a", NOW)
+    return session, session.start("a", NOW, NOW.mono_s)
 
 
 def started(**changes: object) -> tuple[Session, list[Effect]]:
@@ -176,6 +176,22 @@ def test_the_next_node_has_what_is_left_of_the_time() -> None:
     (frame,) = sent(session.assign("b", Instant(NOW.mono_s + 4.0, NOW.unix_s + 4)))
     assert isinstance(frame, Generate)
     assert frame.deadline_s == 5.0
+
+
+def test_the_time_that_a_request_waited_is_part_of_its_own() -> None:
+    made = record(deadline_s=9.0)
+    session = Session(made, made.request.input, cache_salt="salt", orphan_grace_s=30.0)
+    (frame,) = sent(session.start("a", NOW, NOW.mono_s - 4.0))
+    assert isinstance(frame, Generate)
+    assert frame.deadline_s == 5.0
+
+
+def test_a_request_that_waited_all_its_time_is_refused_and_nobody_is_asked() -> None:
+    made = record(deadline_s=9.0)
+    session = Session(made, made.request.input, cache_salt="salt", orphan_grace_s=30.0)
+    (refused,) = session.start("a", NOW, NOW.mono_s - 9.0)
+    assert isinstance(refused, Refused)
+    assert refused.failure.code == "deadline_exceeded"
 
 
 def test_nobody_is_asked_for_an_answer_that_would_come_too_late() -> None:

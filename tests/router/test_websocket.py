@@ -214,6 +214,28 @@ async def test_lanes_run_side_by_side_and_every_event_names_its_lane(
         assert numbers == list(range(len(numbers)))
 
 
+async def test_the_deadline_of_a_request_that_waits_for_its_lane_counts_from_its_arrival(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    _, first = await router.links.generates.get()
+    for deadline_s in (9.0, 20.0):
+        await create(socket, **{"edgechat:deadline_s": deadline_s})
+    # An answer on another lane shows that those before it were read.
+    await socket.send_json({"type": "response.cancel", "response_id": "resp_none", "stream_id": "b"})
+    while (await socket.receive_json(timeout=10)).get("code") != "response_not_found":
+        pass
+    router.clock.mono_s += 9.0
+    node.status()
+    node.say(done(first, 0))
+    assert (await until_end(socket))[-1]["response"]["id"] == first.stream
+    assert (await until_end(socket))[-1]["code"] == "deadline_exceeded"
+    _, frame = await router.links.generates.get()
+    assert frame.deadline_s == 11.0
+
+
 async def test_a_lane_can_continue_a_response_of_another_lane(
     router: FakeRouter, socket: ClientWebSocketResponse
 ) -> None:
