@@ -16,7 +16,7 @@ Order: a row's `seq` must be the number of ids already taken; ids seen before ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -103,6 +103,7 @@ class Session:
     items: the whole conversation to be rendered, instructions and history included.
     prefix_keys: `core.conversation.prefix_keys` of them.
     orphan_grace_s: how long a stored response goes on without a reader.
+    name_of: what people call a node; its key here is its address, which is not for clients.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Session:
         cache_salt: str,
         orphan_grace_s: float,
         prefix_keys: Sequence[str] = (),
+        name_of: Callable[[str], str] = str,
     ) -> None:
         self.record = record
         self.items = items
@@ -128,6 +130,7 @@ class Session:
         self.dropped_items = 0
         self._cache_salt = cache_salt
         self._orphan_grace_s = orphan_grace_s
+        self._name_of = name_of
         self._excluded: set[str] = set()
         self._moved_because: Failure | None = None
         self.ended = False
@@ -173,7 +176,7 @@ class Session:
         """The link of `node` broke or its engine died under this stream: another node continues by ids."""
         if self.ended or node != self.node:
             return []
-        return self._move(node, _failure(NodeLost(node)), now)
+        return self._move(node, _failure(NodeLost(self._name_of(node))), now)
 
     def _move(self, node: str, because: Failure, now: Instant) -> list[Effect]:
         self.node = None
@@ -247,7 +250,8 @@ class Session:
     def _on_row(self, row: Row, now: Instant) -> list[Effect]:
         known = len(self.ids) - row.seq
         if known < 0 or len(row.ids) != len(row.deltas):
-            gap = EdgechatError(f"The node {self.node!r} skipped output ids; send the request again.")
+            name = self._name_of(self.node or "")
+            gap = EdgechatError(f"The node {name!r} skipped output ids; send the request again.")
             return self._fail(_failure(gap), now)
         ids, deltas = row.ids[known:], row.deltas[known:]
         if not ids:

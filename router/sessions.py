@@ -154,8 +154,14 @@ class Sessions:
         prefix_keys: Sequence[str] = (),
     ) -> Running:
         """Dispatch to a node that was chosen just now; the reader hears of it when the node has answered."""
-        grace_s = self._orphan_grace_s
-        session = Session(record, items, cache_salt=salt, orphan_grace_s=grace_s, prefix_keys=prefix_keys)
+        session = Session(
+            record,
+            items,
+            cache_salt=salt,
+            orphan_grace_s=self._orphan_grace_s,
+            prefix_keys=prefix_keys,
+            name_of=self._name_of,
+        )
         running = self._admit(session, reader)
         self._carry_out(running, session.start(node, self._now(), arrived_at_s))
         return running
@@ -189,6 +195,10 @@ class Sessions:
             self.cancel(running)
         while self._writes:
             await asyncio.wait(self._writes)
+
+    def _name_of(self, url: str) -> str:
+        node = self._fleet.nodes.get(url)
+        return node.hello.name if node else "unknown"
 
     def _admit(self, session: Session, reader: Reader) -> Running:
         running = Running(session, [reader], self._now().mono_s, session.record.request.store)

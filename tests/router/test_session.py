@@ -318,6 +318,22 @@ def test_a_response_that_no_node_can_continue_fails_retryably_naming_the_lost_on
     assert "'a'" in error["message"]
 
 
+@pytest.mark.parametrize("skips_ids", [True, False])
+def test_clients_are_told_the_names_of_nodes_and_not_their_addresses(skips_ids: bool) -> None:
+    url = "ws://10.0.0.7:1/link"
+    session = Session(record(), [], cache_salt="", orphan_grace_s=30.0, name_of={url: "eu"}.__getitem__)
+    session.start(url, NOW, NOW.mono_s)
+    effects = session.on_frame(url, Progress(STREAM, 1, 0, 5), NOW)
+    if skips_ids:
+        effects += session.on_frame(url, row(1, 2), NOW)
+    else:
+        session.on_node_lost(url, NOW)
+        effects += session.assign(None, NOW)
+    message = events(effects)[-1]["response"]["error"]["message"]
+    assert "'eu'" in message
+    assert "10.0.0.7" not in message
+
+
 def test_a_response_is_not_dispatched_for_ever() -> None:
     session, _ = started()
     for number in range(1, MAX_DISPATCHES):

@@ -416,6 +416,8 @@ async def test_a_node_lost_with_no_other_fails_the_answer_retryably(
     node.go_down()
     error = (await until_end(socket))[-1]["response"]["error"]
     assert (error["edgechat_code"], error["retryable"]) == ("node_lost", True)
+    assert "'eu'" in error["message"]
+    assert "ws://" not in error["message"]
 
 
 async def test_the_end_is_told_only_when_the_store_has_it(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
