@@ -178,6 +178,23 @@ class Session:
             return []
         return self._move(node, _failure(NodeLost(self._name_of(node))), now)
 
+    def on_suspicion(self, able: Callable[[NeedNode], bool], now: Instant) -> list[Effect]:
+        """The link of the node is up, but it cannot be trusted: move if that helps, else wait for it.
+
+        able: whether somebody can take what this stream needs. Waiting ends with the request's time: a node in
+        such a state may not notice.
+        """
+        node = self.node
+        if self.ended or node is None:
+            return []
+        left_s = self._time_left_s(now)
+        if left_s is not None and left_s <= 0:
+            return self._fail(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
+        elsewhere = NeedNode(self.record.release, frozenset({*self._excluded, node}))
+        if self.epoch >= MAX_DISPATCHES or not able(elsewhere):
+            return []
+        return [*self._stop_node(), *self.on_node_lost(node, now)]
+
     def _move(self, node: str, because: Failure, now: Instant) -> list[Effect]:
         self.node = None
         self._moved_because = because

@@ -20,7 +20,7 @@ from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog, rep
 from router.fleet import Fleet, Node
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
 from router.metrics import Metrics
-from router.policy import choose
+from router.policy import Choice, choose
 from router.session import (
     Deliver,
     Effect,
@@ -137,6 +137,7 @@ class Sessions:
         self._orphan_grace_s = orphan_grace_s
         self._table: dict[str, Running] = {}
         self._writes: set[asyncio.Task[None]] = set()
+        self._suspects: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -227,7 +228,9 @@ class Sessions:
         """Every 250 ms: move streams away from nodes that cannot be trusted, end orphans."""
         now = self._now()
         self._fleet.forget_long_gone(now.mono_s)
-        self._move_from(self._fleet.untrusted(now.mono_s), stop=True)
+        suspects = self._look_for_suspects(now.mono_s)
+        self._move_from(self._fleet.untrusted(now.mono_s) - suspects, stop=True)
+        self._move_if_possible(suspects, now)
         for running in list(self._table.values()):
             self._carry_out(running, running.session.on_time(now))
 
@@ -267,6 +270,40 @@ class Sessions:
                 self._links.send(node, Cancel(session.record.id, session.epoch))
             self._metrics.moved_streams.inc()
             self._carry_out(running, session.on_node_lost(node, self._now()))
+            self._log_move(session, node)
+
+    def _look_for_suspects(self, now_s: float) -> set[str]:
+        """The nodes that fell silent, or whose engine did, while their links are up."""
+        states = {url: node.state(now_s) for url, node in self._fleet.nodes.items()}
+        suspects = {url for url, state in states.items() if state == "suspect"}
+        for url in sorted(suspects - self._suspects):
+            log.warning("node %s has not vouched for itself in time: it is given nothing new", self._name_of(url))
+        for url in sorted(self._suspects - suspects):
+            if states.get(url, "down") != "down":
+                log.info("node %s is trusted again", self._name_of(url))
+        self._suspects = suspects
+        return suspects
+
+    def _move_if_possible(self, suspects: Collection[str], now: Instant) -> None:
+        """A suspect's streams go elsewhere if somebody can take them; else it may still go on with them."""
+        for running in list(self._table.values()):
+            session, node = running.session, running.session.node
+            if node is None or node not in suspects:
+                continue
+            effects = session.on_suspicion(lambda needed: self._choose(needed) is not None, now)
+            if not effects:
+                continue
+            self._carry_out(running, effects)
+            if session.node is not None:
+                self._metrics.moved_streams.inc()
+                self._log_move(session, node)
+
+    def _log_move(self, session: Session, node: str) -> None:
+        if session.node is None:
+            log.warning("stream %s was lost with node %s", session.record.id, self._name_of(node))
+        else:
+            names = self._name_of(node), self._name_of(session.node)
+            log.info("stream %s moves from node %s to %s after %d ids", session.record.id, *names, len(session.ids))
 
     # -- effects -------------------------------------------------------------------------------
 
@@ -277,11 +314,9 @@ class Sessions:
             match todo.popleft():
                 case SendNode(node, frame):
                     todo.extend(self._send(session, node, frame))
-                case NeedNode(release, exclude):
-                    now = self._now()
-                    ready = self._fleet.ready(now.mono_s)
-                    choice = choose(ready, release, exclude, lambda _: session.prefix_keys)
-                    todo.extend(session.assign(choice.node.url if choice else None, now))
+                case NeedNode() as needed:
+                    choice = self._choose(needed, session.prefix_keys)
+                    todo.extend(session.assign(choice.node.url if choice else None, self._now()))
                 case Deliver(events) if todo and isinstance(finished := todo[0], Finished):
                     todo.popleft()
                     self._finish(running, events, finished)
@@ -299,6 +334,10 @@ class Sessions:
                     self._finish(running, [], alone)
                 case Refused(failure):
                     self._refuse(running, failure)
+
+    def _choose(self, needed: NeedNode, prefix_keys: Sequence[str] = ()) -> Choice | None:
+        ready = self._fleet.ready(self._now().mono_s)
+        return choose(ready, needed.release, needed.exclude, lambda _: prefix_keys)
 
     def _send(self, session: Session, node: str, frame: Generate | Cancel) -> list[Effect]:
         sent = self._links.send(node, frame)

@@ -334,6 +334,36 @@ def test_clients_are_told_the_names_of_nodes_and_not_their_addresses(skips_ids: 
     assert "10.0.0.7" not in message
 
 
+def test_a_stream_leaves_a_suspect_node_only_for_another() -> None:
+    session, _ = started()
+    assert session.on_suspicion(lambda needed: False, NOW) == []
+    assert [event["delta"] for event in events(session.on_frame("a", row(1, 0), NOW)) if "delta" in event] == ["one"]
+    elsewhere = NeedNode(RELEASE, frozenset({"a"}))
+    assert session.on_suspicion(lambda needed: needed == elsewhere, NOW) == [
+        SendNode("a", Cancel(STREAM, 1)),
+        elsewhere,
+    ]
+    (frame,) = sent(session.assign("b", NOW))
+    assert isinstance(frame, Generate)
+    assert (frame.epoch, frame.output_ids) == (2, IDS[:1])
+
+
+def test_a_stream_that_may_not_move_any_more_stays_with_a_suspect_node() -> None:
+    session, _ = started()
+    for number in range(1, MAX_DISPATCHES):
+        session.on_node_lost(session.node or "", NOW)
+        session.assign(f"n{number}", NOW)
+    assert session.on_suspicion(lambda needed: True, NOW) == []
+    assert not session.ended
+
+
+def test_waiting_for_a_suspect_node_ends_with_the_time_of_the_request() -> None:
+    session, _ = started(deadline_s=9.0)
+    effects = session.on_suspicion(lambda needed: False, Instant(NOW.mono_s + 9.0, NOW.unix_s + 9))
+    assert sent(effects) == [Cancel(STREAM, 1)]
+    assert events(effects)[-1]["response"]["error"]["edgechat_code"] == "deadline_exceeded"
+
+
 def test_a_response_is_not_dispatched_for_ever() -> None:
     session, _ = started()
     for number in range(1, MAX_DISPATCHES):

@@ -406,6 +406,70 @@ async def test_a_silent_node_loses_its_stream_and_is_told_so(
     assert (silent.hello.name, cancel.epoch) == ("near", 1)
 
 
+async def test_an_answer_stays_with_a_suspect_node_that_nobody_can_replace(
+    router: FakeRouter, socket: ClientWebSocketResponse, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "router.sessions")
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    caplog.clear()
+    router.clock.mono_s += 2.0
+    for _ in range(2):
+        router.context.on_tick()
+    ids, deltas = words("one", " two")
+    node.say(tokens(frame.stream, 1, 0, ids, deltas))
+    node.status()
+    router.context.on_tick()
+    node.say(done(frame, 3))
+    events = await until_end(socket)
+    assert [event["delta"] for event in events if "delta" in event] == ["one", " two"]
+    assert events[-1]["type"] == "response.completed"
+    assert router.links.cancels.empty()
+    assert [record.getMessage() for record in caplog.records] == [
+        "node eu has not vouched for itself in time: it is given nothing new",
+        "node eu is trusted again",
+    ]
+
+
+async def test_an_answer_leaves_a_suspect_node_when_another_becomes_able(
+    router: FakeRouter, socket: ClientWebSocketResponse, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "router.sessions")
+    near, far = router.links.node("near"), router.links.node("far", saying("one", " two"))
+    near.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    ids, deltas = words("one", " two")
+    near.say(tokens(frame.stream, 1, 0, ids[:1], deltas[:1]))
+    router.clock.mono_s += 2.0
+    router.context.on_tick()
+    assert router.links.cancels.empty()
+    far.come_up()
+    router.context.on_tick()
+    events = await until_end(socket)
+    assert [event["delta"] for event in events if "delta" in event] == ["one", " two"]
+    assert events[-1]["type"] == "response.completed"
+    silent, cancel = await router.links.cancels.get()
+    assert (silent.hello.name, cancel.epoch) == ("near", 1)
+    assert f"stream {frame.stream} moves from node near to far after 1 ids" in caplog.messages
+
+
+async def test_an_answer_is_lost_when_the_link_of_a_suspect_node_breaks(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    await router.links.generates.get()
+    router.clock.mono_s += 2.0
+    router.context.on_tick()
+    node.go_down()
+    error = (await until_end(socket))[-1]["response"]["error"]
+    assert (error["edgechat_code"], error["retryable"]) == ("node_lost", True)
+
+
 async def test_a_node_lost_with_no_other_fails_the_answer_retryably(
     router: FakeRouter, socket: ClientWebSocketResponse
 ) -> None:
