@@ -2,10 +2,10 @@
 
     log = StreamLog(record)
     log.open()                 response.created, response.in_progress
-    log.extend(ids, deltas)    output items, text and argument deltas
+    log.extend(deltas)         output items, text and argument deltas
     log.close(end)             the open item's end, exactly one terminal event
 
-`replay(record, ids, deltas, end)` gives the same events byte for byte, because an event's content
+`replay(record, deltas, end)` gives the same events byte for byte, because an event's content
 and number depend on nothing else: not on frames, timing, the node or the epoch. Does not know how
 events travel, nor what an id means (the node owns speech).
 
@@ -36,7 +36,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     input: list[Item]
     temperature: float
     top_p: float
-    max_output_tokens: int | None = None
+    max_output_tokens: int
     top_k: int = 0
     stop: list[str] = []
     instructions: str | None = None
@@ -164,16 +164,13 @@ _PREFIX = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 
 
 class StreamLog:
-    """Turns ids and their deltas into numbered client events.
+    """Turns the deltas of ids into numbered client events.
 
-    Invariant: `sequence_number` counts 0, 1, 2 ... over everything returned so far; `next_seq` is the
-    number of output ids taken; after `close` nothing follows.
+    Invariant: `sequence_number` counts 0, 1, 2 ... over everything returned so far; after `close` nothing follows.
     """
 
     def __init__(self, record: RequestRecord) -> None:
         self.record = record
-        self.next_seq = 0
-        self.closed = False
         self._sequence_number = 0
         self._output: list[dict[str, Any]] = []
         self._item: _OpenItem | None = None
@@ -186,10 +183,9 @@ class StreamLog:
             self._number({"type": "response.in_progress", "response": self.response()}),
         ]
 
-    def extend(self, ids: list[int], deltas: list[list[Delta]]) -> list[Event]:
-        """Events for further output ids; `deltas[i]` is what `ids[i]` made the model say."""
+    def extend(self, deltas: list[list[Delta]]) -> list[Event]:
+        """Events for further output ids; `deltas[i]` is what one of them made the model say."""
         events: list[Event] = []
-        self.next_seq += len(ids)
         for said in deltas:
             for delta in said:
                 events.extend(self._said(delta))
@@ -201,15 +197,9 @@ class StreamLog:
             [] if self._item is None else self._end_item("completed" if end.status == "completed" else "incomplete")
         )
         self._end = end
-        self.closed = True
         name = {"completed": "completed", "failed": "failed"}.get(end.status, "incomplete")
         events.append(self._number({"type": f"response.{name}", "response": self.response()}))
         return events
-
-    def output_text(self) -> str:
-        """All message text so far, for clients that want only that."""
-        items = [*self._output, *([self._item.as_json("completed")] if self._item else [])]
-        return "".join(part["text"] for item in items if item["type"] == "message" for part in item["content"])
 
     def response(self) -> dict[str, Any]:
         """The response object, every field of the SDK's model present."""
@@ -323,10 +313,10 @@ class StreamLog:
         return event
 
 
-def replay(record: RequestRecord, ids: list[int], deltas: list[list[Delta]], end: EndRecord | None) -> list[Event]:
+def replay(record: RequestRecord, deltas: list[list[Delta]], end: EndRecord | None) -> list[Event]:
     """The whole log again, from what is stored."""
     log = StreamLog(record)
-    events = log.open() + log.extend(ids, deltas)
+    events = log.open() + log.extend(deltas)
     return events if end is None else events + log.close(end)
 
 

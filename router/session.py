@@ -31,7 +31,6 @@ from router.errors import Draining
 MAX_DISPATCHES = 3
 NOT_HERE = frozenset({"overloaded", "draining", "model_not_found"})
 """Why a node sends a stream elsewhere before it has done anything for it."""
-DEFAULT_MAX_OUTPUT_TOKENS = 4096
 
 
 class Instant(NamedTuple):
@@ -220,7 +219,7 @@ class Session:
             seed=self.record.seed,
             sampling=terms.sampling(request),
             stop=request.stop,
-            max_output_tokens=request.max_output_tokens or DEFAULT_MAX_OUTPUT_TOKENS,
+            max_output_tokens=request.max_output_tokens,
             tools=terms.offered_tools(request),
             format=terms.answer_format(request),
             effort=terms.effort(request),
@@ -275,7 +274,7 @@ class Session:
             return []
         self.ids.extend(ids)
         self.deltas.extend(deltas)
-        events = self.log.extend(ids, deltas)
+        events = self.log.extend(deltas)
         return [Deliver(events)] if events else []
 
     def _on_done(self, done: Done, now: Instant) -> list[Effect]:

@@ -376,7 +376,7 @@ class Sessions:
             # Whatever keeps the store from writing, the client must hear of it and not wait for ever.
             log.exception("cannot store the response %s", response.record.id)
             response = _unstored(response)
-            last = replay(response.record, response.ids, response.deltas, response.end)[running.delivered :]
+            last = replay(response.record, response.deltas, response.end)[running.delivered :]
         self._close(running, last, response)
 
     def _close(self, running: Running, last: list[Event], response: StoredResponse) -> None:
@@ -399,6 +399,6 @@ def _unstored(response: StoredResponse) -> StoredResponse:
 def response_object(response: StoredResponse) -> dict[str, object]:
     """The response object of a finished response."""
     log_ = StreamLog(response.record)
-    log_.extend(response.ids, response.deltas)
+    log_.extend(response.deltas)
     log_.close(response.end)
     return log_.response()

@@ -67,6 +67,7 @@ def record(reasoning: dict[str, Any] | None = None, logprobs: bool = False) -> R
         input=[Item("message", "user", "hi")],
         temperature=0.7,
         top_p=0.9,
+        max_output_tokens=64,
         reasoning=reasoning,
         logprobs=logprobs,
         tools=[{"type": "function", "name": "look_up", "parameters": {"type": "object"}, "strict": False}],
@@ -78,7 +79,7 @@ def record(reasoning: dict[str, Any] | None = None, logprobs: bool = False) -> R
 def log_of(
     said: Said, end: EndRecord = COMPLETED, reasoning: dict[str, Any] | None = None, logprobs: bool = False
 ) -> list[Event]:
-    return replay(record(reasoning, logprobs), list(range(len(said))), said, end)
+    return replay(record(reasoning, logprobs), said, end)
 
 
 def types_of(events: list[Event]) -> list[str]:
@@ -115,17 +116,15 @@ ASKED = st.sampled_from([None, {"effort": "low", "summary": None}])
 def test_frames_of_any_size_give_the_events_of_the_replay(
     said: Said, end: EndRecord, asked: dict[str, Any] | None, logprobs: bool, cuts: list[int]
 ) -> None:
-    ids = list(range(100, 100 + len(said)))
     log = StreamLog(record(asked, logprobs))
     events = log.open()
     at = 0
     for cut in [*sorted(cuts), len(said)]:
         upto = min(max(cut, at), len(said))
-        events += log.extend(ids[at:upto], said[at:upto])
+        events += log.extend(said[at:upto])
         at = upto
-    assert log.next_seq == len(ids)
     events += log.close(end)
-    assert msgspec.json.encode(events) == msgspec.json.encode(replay(record(asked, logprobs), ids, said, end))
+    assert msgspec.json.encode(events) == msgspec.json.encode(replay(record(asked, logprobs), said, end))
 
 
 @given(said=SAID, end=st.sampled_from(ENDS), asked=ASKED)
@@ -433,15 +432,19 @@ def test_an_item_ends_with_the_log_probabilities_that_its_deltas_told(said: Said
 
 
 def test_a_request_kept_before_it_had_all_its_fields_is_still_read() -> None:
-    known = ("model", "input", "temperature", "top_p", "top_logprobs", "text", "tools", "tool_choice", "reasoning")
+    known = (
+        "model",
+        "input",
+        "temperature",
+        "top_p",
+        "max_output_tokens",
+        "top_logprobs",
+        "text",
+        "tools",
+        "tool_choice",
+        "reasoning",
+    )
     kept = {name: value for name, value in msgspec.to_builtins(record().request).items() if name in known}
     read = msgspec.msgpack.decode(msgspec.msgpack.encode(kept), type=Request)
     assert (read.min_p, read.repetition_penalty, read.logit_bias, read.logprobs) == (0.0, 1.0, [], False)
     assert (read.service_tier, read.exact, read.deadline_s) == ("default", False, 0.0)
-
-
-def test_the_text_so_far_includes_an_open_message_and_no_reasoning() -> None:
-    log = StreamLog(record())
-    log.open()
-    log.extend([1, 2, 3, 4, 5], [*REASONING, *MESSAGE[:2]])
-    assert log.output_text() == "Hello"

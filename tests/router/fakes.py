@@ -57,7 +57,13 @@ def with_key(name: str) -> dict[str, str]:
 
 def record(**changes: object) -> RequestRecord:
     """A record whose request has the given fields."""
-    base = {"model": MODEL, "input": [Item("message", "user", "hi")], "temperature": 1.0, "top_p": 1.0}
+    base = {
+        "model": MODEL,
+        "input": [Item("message", "user", "hi")],
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_output_tokens": 64,
+    }
     request = Request(**(base | changes))  # type: ignore[arg-type]
     return RequestRecord(id="resp_t_1", tenant="acme", created_at=1000, seed=7, release=RELEASE, request=request)
 

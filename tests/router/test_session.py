@@ -230,7 +230,7 @@ def test_a_whole_answer_is_delivered_and_finished_once() -> None:
     assert [kind for kind in types(effects) if kind in TERMINAL] == ["response.completed"]
     finished = effects[-1]
     assert isinstance(finished, Finished)
-    assert events(effects) == replay(finished.record, finished.ids, finished.deltas, finished.end)
+    assert events(effects) == replay(finished.record, finished.deltas, finished.end)
 
 
 def test_a_late_frame_from_a_dead_epoch_is_dropped() -> None:
@@ -521,4 +521,4 @@ def test_whatever_happens_the_log_is_the_replay_of_what_is_kept_with_one_end(
     assert [event["type"] in TERMINAL for event in log].count(True) == 1
     assert isinstance(finished, Finished)
     assert finished.ids == IDS[: len(finished.ids)]
-    assert log == replay(finished.record, finished.ids, finished.deltas, finished.end)
+    assert log == replay(finished.record, finished.deltas, finished.end)

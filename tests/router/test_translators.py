@@ -413,7 +413,7 @@ def _calling() -> tuple[list[int], list[list[Delta]]]:
 
 def test_a_tool_call_streams_as_chunks_and_ends_with_tool_calls() -> None:
     end = EndRecord(status="completed", completed_at=1, usage=Usage(3, 0, 6))
-    events = replay(record(reasoning={}), *_calling(), end)
+    events = replay(record(reasoning={}), _calling()[1], end)
     stream = chat_completions.ChatStream(events[0]["response"], include_usage=False)
     deltas = [chunk["choices"][0] for event in events for chunk in stream.on_event(event)]
     assert deltas[0]["delta"] == {"role": "assistant", "content": ""}
@@ -426,7 +426,7 @@ def test_a_tool_call_streams_as_chunks_and_ends_with_tool_calls() -> None:
 
 def test_a_whole_completion_carries_thought_and_calls_beside_the_content() -> None:
     end = EndRecord(status="completed", completed_at=1, usage=Usage(3, 1, 6))
-    made = chat_completions.completion(replay(record(), *_calling(), end)[-1]["response"])
+    made = chat_completions.completion(replay(record(), _calling()[1], end)[-1]["response"])
     message = made["choices"][0]["message"]
     assert (message["content"], message["reasoning_content"]) == (None, "hm")
     assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a":1}'}
@@ -435,7 +435,7 @@ def test_a_whole_completion_carries_thought_and_calls_beside_the_content() -> No
 
 def test_a_completion_that_said_nothing_is_empty_text() -> None:
     end = EndRecord(status="completed", completed_at=1, usage=Usage(3, 0, 0))
-    choice = chat_completions.completion(replay(record(), [], [], end)[-1]["response"])["choices"][0]
+    choice = chat_completions.completion(replay(record(), [], end)[-1]["response"])["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
 
 
@@ -446,7 +446,7 @@ def _spelled(*, asked: bool) -> list[dict[str, Any]]:
         deltas[index].insert(-1, Logprobs(-0.5, [(ids[index], -0.5)], text, [text]))
     deltas.insert(2, [Logprobs(-1.5, [], b"EN")])
     end = EndRecord(status="completed", completed_at=1, usage=Usage(3, 0, 4))
-    return replay(record(logprobs=asked), [*ids, 9], deltas, end)
+    return replay(record(logprobs=asked), deltas, end)
 
 
 def test_a_chat_carries_each_log_probability_once_whole_and_streamed() -> None:
@@ -476,7 +476,7 @@ def test_a_chat_that_did_not_ask_has_no_log_probabilities() -> None:
 
 def test_a_chat_says_how_it_was_served() -> None:
     end = EndRecord(status="completed", completed_at=1, usage=Usage(3, 0, 0))
-    events = replay(record(service_tier="flex"), [], [], end)
+    events = replay(record(service_tier="flex"), [], end)
     assert chat_completions.completion(events[-1]["response"])["service_tier"] == "flex"
 
 
