@@ -64,6 +64,7 @@ ROOMS = (
     pure("edge_node.engine.engine", "numpy"),
     pure("edge_node.engine.speech.chat_template", "jinja2", "tokenizers"),
     pure("edge_node.engine.speech.detokeniser", "tokenizers"),
+    pure("edge_node.engine.speech.encoding", "tokenizers"),
     pure("edge_node.engine.speech.harmony", "tokenizers"),
     pure("edge_node.engine.speech.prompt", "tokenizers"),
     pure("edge_node.engine"),

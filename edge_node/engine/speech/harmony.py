@@ -16,6 +16,7 @@ from core.conversation import Item
 from core.errors import ReleaseError
 from core.manifest import Manifest
 from edge_node.engine.speech.detokeniser import byte_table
+from edge_node.engine.speech.encoding import TextEncoder
 from edge_node.engine.speech.harmony_format import Marks
 from edge_node.engine.speech.harmony_history import opening_instructions, said_again
 from edge_node.engine.speech.harmony_parse import HarmonyParser
@@ -36,6 +37,7 @@ class HarmonySpeech:
         self.table = table
         self.special = special
         self._tokenizer = tokenizer
+        self._encode = TextEncoder(tokenizer)
         self._marks = marks = Marks.of(special)
         self._longest_bytes = max(map(len, table), default=0) or 1
         # <|end|> ends a message, never the response, whatever the checkpoint lists.
@@ -64,8 +66,7 @@ class HarmonySpeech:
 
     def encode(self, text: str) -> list[int]:
         """Plain text: nothing in it is a special token."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._encode(text)
 
     def bytes_of(self, token: int) -> bytes:
         return self.table[token] if 0 <= token < len(self.table) else b""

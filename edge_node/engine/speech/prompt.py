@@ -20,6 +20,8 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
+from edge_node.engine.speech.encoding import TextEncoder
+
 _SPACE = "▁"
 
 
@@ -37,10 +39,12 @@ class PromptEncoder:
     def __init__(self, plain: Tokenizer, marked: Tokenizer, parsed: dict[str, Any], table: list[bytes]) -> None:
         """plain, marked: special tokens are text, or are recognised. parsed: their file. table: the bytes of ids."""
         added = parsed.get("added_tokens", ())
-        self.plain = plain
         self.marked = marked
         self.opening = _opening(parsed)
-        self.inner = plain if self.opening is Opening.NEVER else _without_opening(parsed)
+        self.encode_plain = TextEncoder(plain)
+        self.encode_marked = TextEncoder(marked)
+        never = self.opening is Opening.NEVER
+        self.encode_inner = self.encode_plain if never else TextEncoder(_without_opening(parsed))
         self.added_ids = frozenset(entry["id"] for entry in added)
         self.in_marked = _any_of([entry["content"] for entry in added])
         self.in_plain = _any_of([entry["content"] for entry in added if not entry.get("special")])
@@ -93,12 +97,12 @@ class Prompt:
             kept = words.rstrip(" ")
             self._waiting = words[len(kept) :]
             words = kept
-        self._encode(words, self._encoder.marked, self._encoder.in_marked)
+        self._encode(words, self._encoder.encode_marked, self._encoder.in_marked)
 
     def say(self, content: str) -> None:
         """A content, in which they are not."""
         if content:
-            self._encode(self._waiting + content, self._encoder.plain, self._encoder.in_plain)
+            self._encode(self._waiting + content, self._encoder.encode_plain, self._encoder.in_plain)
             self._waiting = ""
 
     def repeat(self, ids: list[int]) -> None:
@@ -110,18 +114,18 @@ class Prompt:
 
     def finish(self) -> list[int]:
         """All ids, those of waiting spaces included."""
-        self._encode(self._waiting, self._encoder.plain, self._encoder.in_plain)
+        self._encode(self._waiting, self._encoder.encode_plain, self._encoder.in_plain)
         self._waiting = ""
         return self._ids
 
-    def _encode(self, text: str, tokenizer: Tokenizer, added: re.Pattern[str]) -> None:
+    def _encode(self, text: str, encode: TextEncoder, added: re.Pattern[str]) -> None:
         """A stretch that goes on has no opening space; those behind an added token in this text begin anew."""
         if self._goes_on():
             token = added.search(text)
             going_on = text[: token.start()] if token else text
-            self._ids += self._encoder.inner.encode(going_on, add_special_tokens=False).ids
+            self._ids += self._encoder.encode_inner(going_on)
             text = text[len(going_on) :]
-        self._ids += tokenizer.encode(text, add_special_tokens=False).ids
+        self._ids += encode(text)
 
     def _goes_on(self) -> bool:
         match self._encoder.opening:
