@@ -1,17 +1,17 @@
 """The engine of one release: requests in, steps out, frames back.
 
+    prepare                   ->  a request with all that can be done for it without the engine's state
     submit / cancel / expire  ->  frames that can be said at once
     plan                      ->  what the runner shall compute next, None when idle
     commit(plan, result)      ->  what the streams say because of it
 
-Everything is a function of the calls: no clock, no randomness, no model. One caller at a time.
+Everything is a function of the calls: no clock, no randomness, no model. One caller at a time, but for `prepare`.
 Does not know links, routers or ONNX Runtime.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from core.conversation import Item
@@ -25,6 +25,7 @@ from core.errors import (
     UnsupportedParameter,
 )
 from core.frames import Done, Failed, Finish, Generate, Logprobs, Progress, Rates, Row, Started
+from core.limits import MAX_LOGIT_BIASES, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from core.manifest import Manifest
 from edge_node.engine.answer import Answer
 from edge_node.engine.chains import Chains
@@ -33,7 +34,7 @@ from edge_node.engine.grammar import Grammars, Guide
 from edge_node.engine.limits import EngineLimits
 from edge_node.engine.logprobs import logprobs
 from edge_node.engine.prefix_store import PrefixStore, block_keys
-from edge_node.engine.rereading import Past, setting_of, what_follows
+from edge_node.engine.rereading import Past, Pasts, past_of, setting_of, what_follows
 from edge_node.engine.scheduler import Advanced, Scheduler
 from edge_node.engine.sequence import Sequence
 from edge_node.engine.speculation import Speculator
@@ -45,10 +46,6 @@ __all__ = ["Engine", "EngineLimits", "Fault", "Output"]
 
 Output: TypeAlias = Row | Started | Progress | Done | Failed
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 256
-# Finished conversations that wait to be re-read; the oldest goes first when there are more.
-MAX_PAST = 64
 _STRUCTURED = ("json_object", "json_schema")
 
 
@@ -58,6 +55,19 @@ class ReleaseNotServed(ServiceError):
     code = "model_not_found"
     status = 404
     retryable = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request, rendered and ready to be scheduled, or the error that it ends with.
+
+    ends: how many prompt ids there are when each item has been said; [] for a conversation that was cut.
+    """
+
+    request: Generate
+    answer: Answer | None = None
+    ends: list[int] = field(default_factory=list)
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,7 @@ class Engine:
         self._scheduler = Scheduler(limits, self._costs, self._store)
         self._answers: dict[Sequence, Answer] = {}
         self._streams: dict[str, Answer] = {}
-        self._past: deque[Past] = deque(maxlen=MAX_PAST)
+        self._pasts = Pasts(limits.prefix_blocks)
         self._faults: list[Fault] = []
 
     @property
@@ -119,20 +129,40 @@ class Engine:
         """Take the cost of a step that was not planned here, such as a warm-up's."""
         self._costs.observe(plan, result)
 
-    def submit(self, request: Generate, now_s: float) -> list[Output]:
+    def full_for(self, priority: int) -> bool:
+        """Whether a request of that priority would be refused for want of room; from another thread a hint."""
+        return not self._scheduler.has_room() and self._scheduler.last_in_line(below=priority) is None
+
+    def prepare(self, request: Generate, received_s: float) -> Prepared:
+        """Render a request, compile its format, hear its given ids: what may take long. Never raises.
+
+        Touches nothing that other calls change, so that it may run on another thread while steps go on.
+        """
+        try:
+            return self._prepared(request, received_s)
+        except Exception as error:  # a fault of one request must not end the others
+            return Prepared(request, error=error)
+
+    def submit(self, submitted: Generate | Prepared, now_s: float) -> list[Output]:
         """Accept a stream, or a newer epoch of a known one; older and equal epochs are dropped.
 
-        Returns a Progress of nothing when it was queued, which is a promise to answer it; a Failed when it was
-        refused; Started and Done when its given ids already end it; [] when it was dropped.
+        Returns a Progress of nothing when it was queued, which is a promise to answer it unless a higher priority
+        needs its place in a full line; a Failed when it was refused; Started and Done when its given ids already end
+        it; [] when it was dropped.
         """
+        request = submitted.request if isinstance(submitted, Prepared) else submitted
         known = self._streams.get(request.stream)
         if known is not None:
             if request.epoch <= known.request.epoch:
                 return []
             self._forget(known)
         try:
-            refused = self._make_room(request)
-            answer = self._accept(request, now_s)
+            # Given ids may end it already, for which there is always room; anything else is refused unread.
+            refused = None if request.output_ids else self._make_room(request)
+            prepared = submitted if isinstance(submitted, Prepared) else self.prepare(submitted, now_s)
+            answer = _answer_of(prepared)
+            if answer.finish is None:
+                refused = self._make_room(request)
         except (RequestError, ReleaseNotServed, Overloaded) as error:
             return [_failed(request, error)]
         except Exception as error:  # a fault of one request must not end the others
@@ -143,6 +173,7 @@ class Engine:
             self._forget(refused)
         self._streams[request.stream] = self._answers[answer.sequence] = answer
         self._scheduler.add(answer.sequence)
+        self._chains.note(request.prefix_keys, prepared.ends, answer.sequence.keys)
         return [*([] if refused is None else [_failed(refused.request, self._overloaded())]), _progress(answer)]
 
     def cancel(self, stream: str, epoch: int, now_s: float) -> list[Output]:
@@ -163,11 +194,19 @@ class Engine:
     def plan(self, now_s: float) -> StepPlan | None:
         """What to run next, None when idle; every plan must be committed before the next.
 
-        With nobody to answer, conversations that have ended are re-read, the latest first: the likeliest to go on.
+        With nobody to answer, conversations that have ended are re-read, the latest first: the likeliest to go on. At
+        most one is rendered in a call, so None means that there is nothing to do only if the engine is `resting`.
         """
-        while (plan := self._scheduler.plan(now_s)) is None and self._past:
-            self._reread(self._past.pop())
+        plan = self._scheduler.plan(now_s)
+        if plan is None and (past := self._pasts.take()) is not None:
+            self._reread(past)
+            plan = self._scheduler.plan(now_s)
         return plan
+
+    @property
+    def resting(self) -> bool:
+        """Whether there is nothing to plan until something is submitted."""
+        return not (self.running or self.waiting or self._scheduler.rereading or len(self._pasts))
 
     def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Output]:
         """Take the result of the plan; streams that ended meanwhile say nothing."""
@@ -205,7 +244,7 @@ class Engine:
     def _overloaded(self) -> Overloaded:
         return Overloaded(f"All {self._limits.slots} slots are busy and the waiting line is full; try again shortly.")
 
-    def _accept(self, request: Generate, now_s: float) -> Answer:
+    def _prepared(self, request: Generate, received_s: float) -> Prepared:
         self._refuse(request)
         guide = self._guide(request)
         fitted = self._fit(request)
@@ -215,11 +254,10 @@ class Engine:
         if not all(0 <= token < self._manifest.tokenizer_size for token in (*prompt, *request.output_ids)):
             raise ServiceError("The request holds token ids that this release does not know; send it to another node.")
         sequence = self._sequence(request, prompt, guide)
-        answer = Answer(request, sequence, self._speech.start(request.stop), guide, fitted.dropped_items, now_s)
+        parser = self._speech.start(request.stop)
+        answer = Answer(request, sequence, parser, guide, fitted.dropped_items, received_s)
         answer.replay(request.output_ids)
-        if not fitted.dropped_items:
-            self._chains.note(request.prefix_keys, fitted.prompt.ends, sequence.keys)
-        return answer
+        return Prepared(request, answer, [] if fitted.dropped_items else fitted.prompt.ends)
 
     def _refuse(self, request: Generate) -> None:
         """Raise for what cannot be served, before any work is done for it."""
@@ -231,6 +269,11 @@ class Engine:
             raise UnsupportedParameter(
                 f"At most {MAX_STOP_STRINGS} stop strings of at most {MAX_STOP_CHARACTERS} characters are taken.",
                 param="stop",
+            )
+        if request.sampling.top_logprobs > MAX_TOP_LOGPROBS or len(request.sampling.logit_bias) > MAX_LOGIT_BIASES:
+            raise UnsupportedParameter(
+                f"At most {MAX_TOP_LOGPROBS} log-probabilities an id and {MAX_LOGIT_BIASES} biases are taken.",
+                param="top_logprobs" if request.sampling.top_logprobs > MAX_TOP_LOGPROBS else "logit_bias",
             )
 
     def _guide(self, request: Generate) -> Guide | None:
@@ -295,7 +338,7 @@ class Engine:
             row.deltas.append(answer.write(token, self._logprobs(logits, token, most), now_s))
             if token != drafted or answer.finish is not None:
                 break
-            sequence.computed += 1  # the draft's position was computed with this very id
+            sequence.written()  # the draft's position was computed with this very id
         return row
 
     def _logprobs(self, logits: Logits, token: int, most: int) -> Logprobs | None:
@@ -322,22 +365,28 @@ class Engine:
     def _remember(self, answer: Answer) -> None:
         """Keep the conversation to be re-read, answer included, as its next turn will have it."""
         if self._limits.prefix_blocks:
-            self._past.append(Past(answer.request, answer.dropped_items, answer.sequence.output, answer.said))
+            self._pasts.add(past_of(answer))
 
     def _reread(self, past: Past) -> None:
         """Have a conversation's beginning read through the chunk path, if it is not in the prefix store already."""
-        request = past.request
         try:
             fixed = what_follows(past, self._speech, self._manifest.release)
         except Exception as error:  # nobody waits for this; the log shall know
-            self._faults.append(Fault(request.stream, request.epoch, error))
+            self._faults.append(Fault(past.stream, past.epoch, error))
             return
-        keys = block_keys(request.cache_salt, fixed.ids)
-        self._chains.note(fixed.keys, fixed.ends, keys)
+        keys = block_keys(past.salt, fixed.ids)
+        self._chains.note(past.keys, fixed.ends, keys)
         keys = keys[: min(self._limits.prefix_blocks, self._limits.context_tokens // BLOCK_TOKENS)]
         if self._store.resident(keys) < len(keys):
             ids = fixed.ids[: len(keys) * BLOCK_TOKENS]
             self._scheduler.reread(Sequence(ids, keys, len(ids)))
+
+
+def _answer_of(prepared: Prepared) -> Answer:
+    """Raises what went wrong."""
+    if prepared.answer is None:
+        raise prepared.error or ServiceError("The request was not prepared; please report this.")
+    return prepared.answer
 
 
 def _started(answer: Answer) -> Started:
@@ -357,4 +406,5 @@ def _done(answer: Answer, finish: Finish, now_s: float) -> Done:
 
 def _failed(request: Generate, error: EdgechatError) -> Failed:
     have, most = getattr(error, "have", 0), getattr(error, "most", 0)
-    return Failed(request.stream, request.epoch, error.code, error.retryable, error.message, have, most)
+    names = request.stream, request.epoch
+    return Failed(*names, error.code, error.retryable, error.message, have, most, error.param or "")

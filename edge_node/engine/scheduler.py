@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 
 from edge_node.engine.costs import StepCosts
@@ -78,6 +79,10 @@ class Scheduler:
         """How many of those that run or wait have a priority below the usual 0."""
         return sum(sequence.priority < 0 for sequence in (*self._running, *self._waiting))
 
+    @property
+    def rereading(self) -> bool:
+        return self._rereading is not None
+
     def has_room(self) -> bool:
         """Whether one more sequence may wait."""
         free = self._limits.slots - len(self._running)
@@ -113,7 +118,7 @@ class Scheduler:
         """The next step, None when idle. Raises RuntimeError while the previous plan is not committed."""
         if self._outstanding is not None:
             raise RuntimeError("The previous plan has not been committed.")
-        loads = self._admit(now_s)
+        self._admit(now_s)
         reader = min((sequence for sequence in self._running if sequence.reading), key=_RANK, default=None)
         if not self._running:
             reader = self._rereading
@@ -121,6 +126,7 @@ class Scheduler:
         if reader is None and not writers:
             return None
         moves = self._compact(writers)
+        loads = [] if reader is None else self._load(reader)
         drafter, chunk = self._draft(writers) if reader is None else (None, None)
         if reader is not None:
             chunk = self._chunk(reader, _span(writers))
@@ -144,7 +150,7 @@ class Scheduler:
             for sequence in outstanding.writers:
                 if sequence.slot is not None:
                     row = sequence.slot - plan.decode.first_slot
-                    sequence.computed += 1
+                    sequence.written()
                     advanced.append(Advanced(sequence, [logits_of[row]] if row in logits_of else [], []))
         if plan.chunk is not None:
             advanced += self._commit_chunk(outstanding, plan.chunk, _rows(result.chunk_logits))
@@ -166,22 +172,17 @@ class Scheduler:
 
     # -- who has a slot ---------------------------------------------------------------------
 
-    def _admit(self, now_s: float) -> list[Load]:
+    def _admit(self, now_s: float) -> None:
         """Seat those who go first, as long as there is a slot or somebody of lower priority to take one from."""
-        loads: list[Load] = []
-        while self._waiting:
-            slot = self._slot_for(self._waiting[0])
-            if slot is None:
-                return loads
+        while self._waiting and (slot := self._slot_for(self._waiting[0])) is not None:
             sequence = self._waiting.pop(0)
             self._running.append(sequence)
-            loads += self._seat(sequence, slot, now_s)
+            sequence.seat(slot, now_s)
         rereading = self._rereading
         if not self._running and rereading is not None and rereading.slot is None:
             slot = self._slots.allocate(highest=True)
             assert slot is not None
-            loads += self._seat(rereading, slot, now_s)
-        return loads
+            rereading.seat(slot, now_s)
 
     def _slot_for(self, sequence: Sequence) -> int | None:
         slot = self._slots.allocate()
@@ -189,18 +190,17 @@ class Scheduler:
             self._vacate(self._rereading)
             self._rereading = None
             slot = self._slots.allocate()
-        last = max(self._running, key=_RANK, default=None)
-        if slot is None and last is not None and last.priority < sequence.priority:
-            self._running.remove(last)
-            self._vacate(last)
-            insort(self._waiting, last, key=_RANK)
+        if slot is None and (victim := self._victim(sequence.priority)) is not None:
+            self._running.remove(victim)
+            self._vacate(victim)
+            insort(self._waiting, victim, key=_RANK)
             slot = self._slots.allocate()
         return slot
 
-    def _seat(self, sequence: Sequence, slot: int, now_s: float) -> list[Load]:
-        blocks = self._store.match(sequence.keys)
-        sequence.seat(slot, len(blocks), now_s)
-        return [Load(slot, blocks)] if blocks else []
+    def _victim(self, priority: int) -> Sequence | None:
+        """Who gives way to `priority`: the lowest, of these one that has not just been there, and has least to lose."""
+        lower = [sequence for sequence in self._running if sequence.priority < priority]
+        return min(lower, key=lambda one: (one.priority, one.recovering, one.computed, -one.number), default=None)
 
     def _vacate(self, sequence: Sequence) -> None:
         self._slots.release(_slot(sequence))
@@ -229,10 +229,15 @@ class Scheduler:
 
     # -- the parts of a plan ----------------------------------------------------------------
 
+    def _load(self, reader: Sequence) -> list[Load]:
+        """Copy what the store holds of the prompt by now, somebody else's reading since the last chunk included."""
+        blocks = self._store.match(reader.keys)
+        return [Load(_slot(reader), blocks)] if reader.hit(len(blocks)) else []
+
     def _chunk(self, reader: Sequence, decode_rows: int) -> Chunk:
         prompt, most = reader.prompt, self._limits.chunk_tokens
         if decode_rows or reader is self._rereading:
-            costs = {step: self._costs.chunk_s(step) for step in LADDER}
+            costs = {step: self._costs.chunk_s(step, reader.computed) for step in LADDER}
             most = longest_within(costs, self._stall_s(decode_rows), most)
         stretch = next_stretch(reader.computed, len(prompt), self._limits.context_tokens, most)
         ids = prompt[stretch.start : stretch.start + stretch.length]
@@ -249,8 +254,7 @@ class Scheduler:
 
     def _saves(self, reader: Sequence, chunk: Chunk) -> list[Save]:
         """Keep the whole blocks of the prompt that the slot holds after the chunk, as far as they are not kept yet."""
-        known = min(chunk.start + len(chunk.ids), len(reader.prompt))
-        first, blocks = self._store.insert(reader.keys[: known // BLOCK_TOKENS])
+        first, blocks = self._store.insert(reader.keys[: (chunk.start + len(chunk.ids)) // BLOCK_TOKENS])
         return [Save(chunk.slot, first, blocks)] if blocks else []
 
     def _draft(self, writers: list[Sequence]) -> tuple[Sequence | None, Chunk | None]:
@@ -262,7 +266,8 @@ class Scheduler:
             return None, None
         room = writer.limit_tokens - writer.tokens
         lengths = [length for length in VERIFIED_LENGTHS if length <= room]
-        draft = writer.speculator.draft(lengths, self._costs.decode_s(1), self._costs.verify_s)
+        verify_s = partial(self._costs.verify_s, start=writer.computed)
+        draft = writer.speculator.draft(lengths, self._costs.decode_s(1), verify_s)
         if not draft:
             return None, None
         ids = [writer.next_id, *draft]
@@ -292,11 +297,11 @@ class Scheduler:
     def _commit_chunk(self, outstanding: _Outstanding, chunk: Chunk, rows: list[Logits]) -> list[Advanced]:
         drafter, reader = outstanding.drafter, outstanding.reader
         if drafter is not None and drafter.slot is not None:
-            drafter.computed += 1
+            drafter.written()
             return [Advanced(drafter, rows, chunk.ids[1:])]
         if reader is None or reader.slot is None:
             return []
-        reader.computed = min(chunk.start + len(chunk.ids), len(reader.prompt))
+        reader.read_to(chunk.start + len(chunk.ids))
         if reader is not self._rereading:
             return [Advanced(reader, rows, [])]
         if not reader.reading:

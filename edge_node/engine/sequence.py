@@ -15,6 +15,9 @@ from __future__ import annotations
 from edge_node.engine.speculation import Speculator
 from edge_node.engine.step import BLOCK_TOKENS
 
+# Fewer ids are read sooner than a copy is set up, and a chunk of two may read one of them twice.
+MIN_GAIN_TOKENS = 2
+
 
 class Sequence:
     """Invariant: 0 <= computed < tokens while it is scheduled.
@@ -41,7 +44,9 @@ class Sequence:
         self.slot: int | None = None
         self.number = 0  # by arrival
         self.admitted_s: float | None = None
-        self.cached_tokens = 0  # of the first admission
+        self.cached_tokens = 0  # prompt ids that the first reading did not compute
+        self.recovering = False  # lost its slot, and has not got back to where it was
+        self._was_read = False
 
     @property
     def tokens(self) -> int:
@@ -71,17 +76,44 @@ class Sequence:
         if self.speculator is not None:
             self.speculator.push(token)
 
-    def seat(self, slot: int, cached_blocks: int, now_s: float) -> None:
-        """Take a slot into which that many blocks of the prompt will be copied; the last id is always read anew."""
+    def seat(self, slot: int, now_s: float) -> None:
+        """Take a slot, in which nothing is computed yet."""
         self.slot = slot
-        self.computed = min(cached_blocks * BLOCK_TOKENS, len(self.prompt) - 1)
         if self.admitted_s is None:
-            self.admitted_s, self.cached_tokens = now_s, self.computed
+            self.admitted_s = now_s
 
     def unseat(self) -> None:
         """Leave the slot; everything is to be computed again."""
         self.slot = None
         self.computed = 0
+        self.recovering = True
+        if not self._was_read:
+            self.cached_tokens = 0
+
+    def hit(self, blocks: int) -> bool:
+        """Take that many blocks of the prompt by copy, but never its last id; False if that is no gain."""
+        reached = min(blocks * BLOCK_TOKENS, len(self.prompt) - 1)
+        gained = reached - self.computed
+        if gained < MIN_GAIN_TOKENS:
+            return False
+        self.computed = reached
+        if not self._was_read:
+            self.cached_tokens += gained
+        return True
+
+    def read_to(self, position: int) -> None:
+        """A chunk has computed the prompt up to there."""
+        self.computed = min(position, len(self.prompt))
+        self._was_read = self._was_read or not self.reading
+        self._settle()
+
+    def written(self) -> None:
+        """One more output position is computed."""
+        self.computed += 1
+        self._settle()
+
+    def _settle(self) -> None:
+        self.recovering = self.recovering and self.computed + 1 < self.tokens
 
     def check_invariants(self) -> None:
         assert 0 <= self.computed < self.tokens <= self.limit_tokens, (self.computed, self.tokens, self.limit_tokens)

@@ -26,6 +26,8 @@ LEAST_GAIN = 1.1
 
 # Heads that were right for so many ids are one class: text that is being copied.
 _LONGEST_RUN = 8
+# What lies further back is not looked up: the index of a prompt is made before its first id is answered.
+_LOOK_BACK = 8192
 # Of one outcome in the running average of its class, once that many were seen.
 _LEAST_WEIGHT = 1 / 16
 
@@ -59,7 +61,7 @@ class Speculator:
 
     def __init__(self, ids: Sequence[int]) -> None:
         """ids: the prompt. What repeats within it says nothing about the model, so it is not learnt from."""
-        self._ids = list(ids)
+        self._ids = list(ids[-_LOOK_BACK:])
         self._odds = _Odds()
         self._head: int | None = None
         self._run = 0

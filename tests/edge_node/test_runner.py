@@ -147,7 +147,9 @@ def converse(engine: Engine, runner: StepRunner, requests: list[Generate], apart
 
 def rest(engine: Engine, runner: StepRunner) -> None:
     """Nobody asks: the engine does what it does then."""
-    while (plan := engine.plan(0.0)) is not None:
+    while not engine.resting:
+        if (plan := engine.plan(0.0)) is None:
+            continue
         assert engine.commit(plan, runner.run(plan), 0.0) == []
         engine.check_invariants()
 

@@ -65,3 +65,36 @@ def test_a_length_that_was_slow_once_is_tried_again() -> None:
     for _ in range(100):
         costs.observe(*chunk_of(longest(), true_s(longest())))
     assert longest() >= usual // 2, "what shorter ones cost says that it cannot be that slow"
+
+
+def test_the_cost_of_depth_is_learnt_so_that_a_stall_is_bounded_far_into_a_prompt() -> None:
+    def true_s(tokens: int, start: int) -> float:
+        return 0.005 + 0.0018 * tokens * (1 + start / 4000)
+
+    costs, start, over = StepCosts(), 0, 0
+    for tokens in (2, 32, 128):
+        costs.observe(*chunk_of(tokens, true_s(tokens, 0)))
+    lengths: list[int] = []
+    while start < 12_000:
+        tokens = longest_within({step: costs.chunk_s(step, start) for step in LADDER}, 0.05, 256)
+        spent_s = true_s(tokens, start)
+        over += spent_s > 0.06
+        costs.observe(
+            StepPlan(1, Chunk(0, start, [1] * tokens, []), None, 0.0), StepResult(None, None, chunk_s=spent_s)
+        )
+        lengths.append(tokens)
+        start += tokens
+    assert over <= 2, "the bound holds as the prompt gets long"
+    assert lengths[-1] >= 4
+    again = longest_within({step: costs.chunk_s(step, 0) for step in LADDER}, 0.05, 256)
+    assert again >= 16, "and the next prompt begins with long chunks again"
+
+
+def test_a_prediction_knows_how_deep_a_chunk_is() -> None:
+    costs = StepCosts()
+    costs.observe(*chunk_of(32, 0.05))
+    for _ in range(50):
+        costs.observe(StepPlan(1, Chunk(0, 4000, [1] * 32, []), None, 0.0), StepResult(None, None, chunk_s=0.1))
+    deep = StepPlan(1, Chunk(0, 4000, [1] * 32, []), None, 0.0)
+    shallow = StepPlan(1, Chunk(0, 0, [1] * 32, []), None, 0.0)
+    assert costs.predict_s(deep) > 1.2 * costs.predict_s(shallow)

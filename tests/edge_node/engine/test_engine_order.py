@@ -12,6 +12,7 @@ from edge_node.engine.engine import Engine, EngineLimits, Output
 from edge_node.engine.logprobs import logprobs
 from edge_node.engine.step import Move
 from tests.fakes import (
+    STOP_ID,
     TOKENIZER_SIZE,
     FakeRunner,
     FakeSpeech,
@@ -235,3 +236,57 @@ def test_a_refusal_under_overload_costs_nothing(monkeypatch: pytest.MonkeyPatch)
     node.submit(generate("refused", "r"))
     assert isinstance(node.outputs[-1], Failed) and node.outputs[-1].code == "overloaded"
     assert node.engine.take_faults() == []
+
+
+def test_of_equal_priority_the_one_with_least_to_lose_gives_way_and_not_the_same_one_again() -> None:
+    node = Node(slots=2)
+    node.submit(unending("long", 30, -1))
+    node.steps(8)
+    node.submit(unending("short", 30, -1))
+    node.steps(6)
+    node.submit(unending("urgent", 2))
+    node.steps(1)
+    before = len(node.ids("short"))
+    node.steps(2)
+    assert len(node.ids("short")) == before, "it had computed less"
+    while node.engine.running + node.engine.waiting == 3:
+        node.steps(1)
+    node.steps(1)
+    written = len(node.ids("long"))
+    node.submit(unending("urgent again", 2))
+    node.steps(3)
+    assert len(node.ids("long")) <= written + 1, "the other had just been there"
+    node.run_dry()
+    for name in ("long", "short"):
+        assert node.ids(name) == said_alone(unending(name, 30, -1), CONTEXT)
+
+
+def test_given_ids_that_end_the_answer_need_no_room() -> None:
+    node = Node(slots=1, max_waiting=0)
+    node.submit(unending("runs", 8))
+    node.submit(generate("ended", output_ids=[5, STOP_ID], epoch=2))
+    assert isinstance(node.outputs[-1], Done) and node.outputs[-1].finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [({"top_logprobs": 21}, "top_logprobs"), ({"logit_bias": [(1, 1.0)] * 1025}, "logit_bias")],
+)
+def test_a_node_bounds_what_a_router_may_ask_of_it(changes: dict[str, object], param: str) -> None:
+    request = generate()
+    request = msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, **changes))
+    node = Node()
+    node.submit(request)
+    (failed,) = node.outputs
+    assert isinstance(failed, Failed) and (failed.code, failed.param) == ("unsupported_parameter", param)
+
+
+def test_what_was_prepared_elsewhere_is_answered_the_same() -> None:
+    node, request = Node(), generate("a")
+    prepared = node.engine.prepare(request, 0.0)
+    assert node.engine.waiting == 0
+    node.outputs += node.engine.submit(prepared, 0.0)
+    node.run_dry()
+    assert node.ids("a") == said_alone(request, CONTEXT)
+    (failed,) = node.engine.submit(node.engine.prepare(generate("b", "boom!"), 0.0), 0.0)
+    assert isinstance(failed, Failed) and failed.code == "server_error"

@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from core.conversation import Item, prefix_keys
-from core.frames import Generate, Row, Started
+from core.frames import Delta, Done, Generate, Row, Started
+from core.stream import output_items
 from edge_node.engine.engine import Engine, EngineLimits, Output
-from edge_node.engine.speech import Rendered
+from edge_node.engine.speech import PLAIN, Rendered, Setting
 from edge_node.engine.step import BLOCK_TOKENS
 from tests.fakes import FakeRunner, FakeSpeech, fake_manifest, generate, said_alone
 
@@ -32,6 +33,7 @@ class Fleet:
         )
         self.engine = Engine(fake_manifest(), FakeSpeech(), limits)
         self.runner = FakeRunner(slots, CONTEXT, blocks)
+        self.outputs: list[Output] = []
 
     def step(self) -> list[Output] | None:
         """None when there is nothing to do."""
@@ -40,6 +42,7 @@ class Fleet:
             return None
         outputs = self.engine.commit(plan, self.runner.run(plan), 0.0)
         self.engine.check_invariants()
+        self.outputs += outputs
         return outputs
 
     def answer(self, *requests: Generate) -> list[Output]:
@@ -51,8 +54,8 @@ class Fleet:
 
     def rest(self) -> None:
         """Whatever an idle engine does."""
-        while self.step() is not None:
-            pass
+        while not self.engine.resting:
+            self.step()
 
     def tokens_read(self) -> int:
         return sum(len(plan.chunk.ids) for plan in self.runner.plans if plan.chunk)
@@ -60,6 +63,10 @@ class Fleet:
 
 def ids_of(outputs: Iterable[Output]) -> list[int]:
     return [token for output in outputs if isinstance(output, Row) for token in output.ids]
+
+
+def deltas_of(outputs: Iterable[Output]) -> list[list[Delta]]:
+    return [deltas for output in outputs if isinstance(output, Row) for deltas in output.deltas]
 
 
 def cached(outputs: Iterable[Output]) -> list[int]:
@@ -203,3 +210,65 @@ def test_a_conversation_that_cannot_be_rendered_again_is_logged_and_forgotten(mo
     monkeypatch.setattr(FakeSpeech, "lay_out", lambda *_: 1 / 0)
     fleet.rest()
     assert [type(fault.error) for fault in fleet.engine.take_faults()] == [ZeroDivisionError]
+
+
+def test_requests_that_arrive_together_read_what_they_share_once() -> None:
+    fleet, text = Fleet(slots=4), SYSTEM + "shared"
+    requests = [generate(f"s{index}", text + str(index), seed=index) for index in range(4)]
+    outputs = fleet.answer(*requests)
+    assert sorted(cached(outputs)) == [0, *[3 * BLOCK_TOKENS] * 3]
+    for request in requests:
+        heard = [row for row in outputs if isinstance(row, Row) and row.stream == request.stream]
+        assert ids_of(heard) == said_alone(request, CONTEXT)
+
+
+def test_cached_tokens_are_what_was_copied_not_what_was_there_when_it_got_its_slot() -> None:
+    fleet = Fleet(blocks=3, slots=2)
+    fleet.answer(generate("first", SYSTEM))
+    before = len(fleet.runner.plans)
+    outputs = fleet.answer(generate("other", "o" * 3 * BLOCK_TOKENS), generate("late", SYSTEM))
+    assert not any(plan.loads for plan in fleet.runner.plans[before:]), "the other's blocks have put it out"
+    assert cached(outputs) == [0, 0]
+
+
+def test_what_is_re_read_does_not_put_out_what_is_newer() -> None:
+    fleet = Fleet(blocks=10)
+    talks = [generate(f"t{index}", chr(97 + index) * 4 * BLOCK_TOKENS, most=2) for index in range(5)]
+    said = {talk.stream: ids_of(fleet.answer(talk)) for talk in talks}
+    before = fleet.tokens_read()
+    fleet.rest()
+    assert fleet.tokens_read() - before <= 2 * 4 * BLOCK_TOKENS, "no more than fits is read"
+    for talk in talks[-2:]:
+        turn = next_turn(talk, said[talk.stream])
+        turn = msgspec.structs.replace(turn, max_output_tokens=1)
+        assert cached(fleet.answer(turn)) == [4 * BLOCK_TOKENS]
+
+
+def test_a_conversation_that_has_gone_on_is_re_read_once_not_for_each_turn() -> None:
+    fleet, request = Fleet(), generate("a", "u" * 100, most=40, seed=5)
+    request = msgspec.structs.replace(request, prefix_keys=prefix_keys(request.items, request.release, ""))
+    said = ids_of(fleet.answer(request))
+    (answer,) = output_items(request.stream, request.release, said, deltas_of(fleet.outputs))
+    items = [*request.items, answer, Item("message", "user", "more")]
+    turn = msgspec.structs.replace(
+        request, stream="b", items=items, prefix_keys=prefix_keys(items, request.release, "")
+    )
+    fleet.answer(turn)
+    assert len(fleet.engine._pasts) == 1
+
+
+def test_at_most_one_conversation_is_rendered_between_two_looks_at_who_came() -> None:
+    fleet = Fleet()
+    for index in range(3):
+        fleet.answer(generate(f"short {index}", "too short for a block"))
+    rendered: list[int] = []
+
+    class Counting(FakeSpeech):
+        def lay_out(self, items: list[Item], release: str, setting: Setting = PLAIN) -> Rendered:
+            rendered.append(len(items))
+            return super().lay_out(items, release, setting)
+
+    fleet.engine._speech = Counting()
+    for count in (1, 2, 3):
+        assert fleet.step() is None and len(rendered) == count
+        assert fleet.engine.resting == (count == 3)

@@ -209,12 +209,10 @@ class Conversations(RuleBasedStateMachine):
                 assert heard.ids == self.alone[stream]
 
     def teardown(self) -> None:
-        busy = True
-        while busy:
+        while self.plan is not None or not self.engine.resting:
             if self.plan is None:
                 self.a_step_begins()
-            busy = self.plan is not None
-            if busy:
+            if self.plan is not None:
                 self.a_step_ends()
             self.engine.check_invariants()
         self.every_stream_says_what_it_says_alone()
