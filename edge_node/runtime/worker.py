@@ -2,8 +2,14 @@
 `python -m edge_node.runtime.worker`, ends when the node does.
 
     main thread    inbox -> engine.submit/cancel; plan -> run -> commit; outputs -> node
-    listener       socket -> inbox; ends the process on end of file
+    listener       socket -> engine.prepare -> inbox; ends the process on end of file
     beats          every BEAT_S a Beat, whatever the main thread is doing
+
+The engine belongs to the main thread. The listener calls two methods of it: `prepare`, which renders prompts and
+compiles schemas, seconds of work that nobody who is being answered shall wait for, and `full_for`, a hint. It takes
+one message after another, so that no Cancel overtakes its Generate; while it prepares, the node's other messages
+wait in the socket, and so does the end of file (the kernel ends this process with its node all the same).
+An error of one request ends its stream; one that escapes, from whichever thread, ends the process with a Fatal.
 
 Does not know routers, Consul or HTTP.
 """
@@ -24,10 +30,10 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from core.errors import EdgechatError, FrameError, ReleaseError
-from core.frames import Cancel, Generate, Rates
+from core.frames import Cancel, Failed, Generate, Rates
 from edge_node.logs import setup_logging
 from edge_node.release.model_store import Release, open_release, verify
 from edge_node.release.servable import check_servable
@@ -47,13 +53,16 @@ from edge_node.runtime.pipe import (
 )
 
 if TYPE_CHECKING:
-    from edge_node.engine.engine import Engine, Output
+    from edge_node.engine.engine import Engine, Output, Prepared
     from edge_node.engine.step import StepRunner
+
+    Inbox: TypeAlias = queue.Queue[Load | Generate | Prepared | Failed | Cancel]
+    """What the listener hands to the main thread. Generate: not worth preparing. Failed: preparing it ended so."""
 
 log = logging.getLogger("edge_node.worker")
 
 BEAT_S = 0.2
-# Requests that may wait to be looked at; past it the listener, and so the node's pipe, waits.
+# Messages that may wait to be looked at; past it the listener, and so the node's pipe, waits.
 INBOX_MESSAGES = 1024
 # How long messages may be looked at between two steps.
 TAKE_S = 0.05
@@ -119,10 +128,37 @@ class Pulse:
         return Beat(self.step, age_s, self.predicted_s, self.running, self.waiting, self.rates, self.yielding)
 
 
+class Listener:
+    """Hands the node's messages on, requests prepared, in one thread. engine: None while it loads."""
+
+    def __init__(self, pipe: Pipe, inbox: Inbox) -> None:
+        self.engine: Engine | None = None
+        self._pipe = pipe
+        self._inbox = inbox
+
+    def run_forever(self) -> None:
+        """Until the node hangs up, or an OSError or FrameError."""
+        while (message := self._pipe.receive()) is not None:
+            self._inbox.put(self._prepared(message) if isinstance(message, Generate) else message)
+
+    def _prepared(self, request: Generate) -> Generate | Prepared | Failed:
+        """A request that will be refused unread is passed on as it is; so is one that comes before its time."""
+        engine = self.engine
+        try:
+            # One that continues an answer may be accepted by a full engine: its ids may end it already.
+            if engine is None or (engine.full_for(request.priority) and not request.output_ids):
+                return request
+            return engine.prepare(request, time.monotonic())
+        except BaseException as error:  # a panic of a native library is no Exception
+            _log_fault(request.stream, request.epoch, error)
+            sentence = "This request failed inside the node before it was answered; the log names the cause."
+            return Failed(request.stream, request.epoch, "server_error", False, sentence)
+
+
 class Stepper:
     """Feeds the engine and runs its plans, one after another, in one thread."""
 
-    def __init__(self, engine: Engine, runner: StepRunner, pipe: Pipe, inbox: queue.Queue[ToChild]) -> None:
+    def __init__(self, engine: Engine, runner: StepRunner, pipe: Pipe, inbox: Inbox) -> None:
         self.pulse = Pulse()
         self._engine = engine
         self._runner = runner
@@ -146,33 +182,37 @@ class Stepper:
         self._take_waiting()
 
     def _take_waiting(self) -> None:
-        """Not all at once: encoding many long prompts would hold up those who are being answered."""
+        """Not all at once: those who are being answered would wait for a long inbox."""
         until_s = time.monotonic() + TAKE_S
         for _ in range(self._inbox.qsize()):
             self._take(self._inbox.get_nowait())
             if time.monotonic() >= until_s:
                 return
 
-    def _take(self, message: ToChild) -> None:
+    def _take(self, message: Load | Generate | Prepared | Failed | Cancel) -> None:
         now_s = time.monotonic()
         self._publish(now_s)
         match message:
-            case Generate():
-                self._give(self._engine.submit(message, now_s))
             case Cancel():
                 self._give(self._engine.cancel(message.stream, message.epoch, now_s))
+            case Failed():
+                # An older epoch of the stream is replaced, as it would have been by the request.
+                self._engine.cancel(message.stream, message.epoch, now_s)
+                self._give([message])
             case Load():
                 raise FrameError("The node sent Load twice.")
             case _:
-                assert_never(message)
+                self._give(self._engine.submit(message, now_s))
 
     def _step(self) -> bool:
-        """Plan, run and commit one step; False when there is none."""
+        """Plan, run and commit one step, if there is one; False when nothing is left to do until a message comes."""
         now_s = time.monotonic()
         self._give(self._engine.expire(now_s))
+        self._publish(now_s)  # planning may render a past conversation
         plan = self._engine.plan(now_s)
+        self._log_faults()
         if plan is None:
-            return False
+            return not self._engine.resting
         self._steps += 1
         self._publish(now_s, plan.predicted_s)
         result = self._runner.run(plan)
@@ -195,10 +235,17 @@ class Stepper:
     def _give(self, given: list[Output]) -> None:
         if given:
             self._pipe.send(outputs(given))
+        self._log_faults()
+
+    def _log_faults(self) -> None:
         for fault in self._engine.take_faults():
-            where = "".join(traceback.format_tb(fault.error.__traceback__))
-            kind = type(fault.error).__name__
-            log.error("stream_fault stream=%s epoch=%d error=%s where=%r", fault.stream, fault.epoch, kind, where)
+            _log_fault(fault.stream, fault.epoch, fault.error)
+
+
+def _log_fault(stream: str, epoch: int, error: BaseException) -> None:
+    """The type and the place only: a message may quote what a person wrote."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.error("stream_fault stream=%s epoch=%d error=%s where=%r", stream, epoch, type(error).__name__, where)
 
 
 def main() -> int:
@@ -209,17 +256,18 @@ def main() -> int:
     load = pipe.receive()
     if not isinstance(load, Load):
         return 0
-    inbox: queue.Queue[ToChild] = queue.Queue(INBOX_MESSAGES)
-    threading.Thread(target=_listen, args=(pipe, inbox), name="listener", daemon=True).start()
+    inbox: Inbox = queue.Queue(INBOX_MESSAGES)
+    listener = Listener(pipe, inbox)
+    threading.Thread(target=_listen, args=(pipe, listener), name="listener", daemon=True).start()
     try:
-        return _serve_or_say_why(pipe, load, inbox)
+        return _serve_or_say_why(pipe, load, listener, inbox)
     except HungUp:
         return 0
 
 
-def _serve_or_say_why(pipe: Pipe, load: Load, inbox: queue.Queue[ToChild]) -> int:
+def _serve_or_say_why(pipe: Pipe, load: Load, listener: Listener, inbox: Inbox) -> int:
     try:
-        _serve(pipe, load, inbox)
+        _serve(pipe, load, listener, inbox)
     except HungUp:
         raise
     except EdgechatError as error:
@@ -228,18 +276,24 @@ def _serve_or_say_why(pipe: Pipe, load: Load, inbox: queue.Queue[ToChild]) -> in
         extra = "edge-cuda" if load.device == "cuda" else "edge-cpu"
         message = f"The engine needs the Python package {error.name!r}; install edgechat[{extra}]."
         pipe.send(Fatal("config_invalid", message))
-    except Exception as error:
-        log.critical("engine_crashed", exc_info=True)
-        sentence = f"The engine failed unexpectedly ({type(error).__name__}); please report it with the node's log."
-        pipe.send(Fatal("server_error", sentence))
+    except BaseException as error:  # a panic of a native library is no Exception
+        pipe.send(_crashed(error))
     return 1
 
 
-def _serve(pipe: Pipe, load: Load, inbox: queue.Queue[ToChild]) -> None:
+def _crashed(error: BaseException) -> Fatal:
+    """What the node is told; the log gets the rest."""
+    log.critical("engine_crashed", exc_info=error)
+    sentence = f"The engine failed unexpectedly ({type(error).__name__}); please report it with the node's log."
+    return Fatal("server_error", sentence)
+
+
+def _serve(pipe: Pipe, load: Load, listener: Listener, inbox: Inbox) -> None:
     started_s = time.monotonic()
     release = _open_release(load)
     engine, runner = _open_engine(load, release)
     stepper = Stepper(engine, runner, pipe, inbox)
+    listener.engine = engine
     pipe.send(Loaded(time.monotonic() - started_s))
     threading.Thread(target=_beat, args=(pipe, stepper), name="beats", daemon=True).start()
     stepper.run_forever()
@@ -295,14 +349,18 @@ def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
     return engine, runner
 
 
-def _listen(pipe: Pipe, inbox: queue.Queue[ToChild]) -> None:
+def _listen(pipe: Pipe, listener: Listener) -> NoReturn:
     """Runs until the node hangs up; then nobody waits for what the main thread is computing."""
+    status = 0
     try:
-        while (message := pipe.receive()) is not None:
-            inbox.put(message)
+        listener.run_forever()
     except (OSError, FrameError) as error:
         log.error("pipe_broken error=%r", str(error))
-    os._exit(0)
+    except BaseException as error:  # without this thread the process would serve nobody, and look well
+        status = 1
+        with contextlib.suppress(HungUp):
+            pipe.send(_crashed(error))
+    os._exit(status)
 
 
 def _beat(pipe: Pipe, stepper: Stepper) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from core.conversation import Item, prefix_keys
-from core.frames import Delta, Done, Generate, Row, Started
+from core.frames import Delta, Generate, Row, Started
 from core.stream import output_items
 from edge_node.engine.engine import Engine, EngineLimits, Output
 from edge_node.engine.speech import PLAIN, Rendered, Setting
