@@ -74,7 +74,7 @@ def test_an_answer_without_a_format_asks_for_no_guide() -> None:
 # -- drafts -------------------------------------------------------------------------------------
 
 
-def drafted(held: bool) -> tuple[list[int], int]:
+def drafted(held: bool = False, exact: bool = False) -> tuple[list[int], int]:
     """The ids of an answer that repeats its prompt, and how many steps verified drafts."""
     text = "abcdefghij" * 6
     prompt = FakeSpeech().lay_out(greedy(text).items, "").ids
@@ -83,14 +83,15 @@ def drafted(held: bool) -> tuple[list[int], int]:
     for length in VERIFIED_LENGTHS:
         verifying = StepPlan(0, Chunk(0, 0, [0] * length, list(range(length))), None, 0.0)
         node.engine.learn(verifying, StepResult(None, None, chunk_s=0.001 * length))
-    node.answer(greedy(text, held=held, most=40))
+    node.answer(msgspec.structs.replace(greedy(text, held=held, most=40), exact=exact))
     return node.ids(), sum(plan.chunk is not None and len(plan.chunk.wanted) > 1 for plan in node.plans)
 
 
-def test_no_drafts_are_made_for_an_answer_that_is_held_to_a_format() -> None:
-    free, drafts = drafted(held=False)
+def test_no_drafts_are_made_for_an_answer_that_is_held_to_a_format_or_to_be_exact() -> None:
+    free, drafts = drafted()
     assert drafts > 0, "this answer is worth drafting"
     assert drafted(held=True) == (free, 0)
+    assert drafted(exact=True) == (free, 0)
 
 
 # -- what cannot be held ------------------------------------------------------------------------
