@@ -14,6 +14,9 @@ from edge_node.engine.step import BLOCK_TOKENS, Chunk, StepPlan, StepResult
 _WEIGHT = 0.2
 # Where a chunk's start tells as much about the cost of depth as its length does about its own.
 _DEEP_TOKENS = 1024
+# A bound that is to hold nearly always is that many usual errors away from the expectation.
+_ERRORS = 2.0
+_MOST_ERROR = 0.5
 # Before anything is measured; slow on purpose, since a watchdog multiplies predictions.
 _UNKNOWN_S_PER_TOKEN = 0.05
 _UNKNOWN_COPY_S_PER_TOKEN = 0.001
@@ -68,6 +71,7 @@ class StepCosts:
         self._decodes = _Table()
         self._copy_s_per_token: float | None = None
         self._s_per_pair = 0.0
+        self._error = 0.0  # of a chunk's prediction, as a share of it
         self._last_rows = 0
 
     def observe(self, plan: StepPlan, result: StepResult) -> None:
@@ -86,6 +90,10 @@ class StepCosts:
         # Every wanted position costs a row of the vocabulary, so drafts are a case of their own.
         table, length = self._verifies if _verifies(chunk) else self._chunks, len(chunk.ids)
         pairs = length * chunk.start
+        if table.knows(length):
+            expected = table.estimate(length) + self._s_per_pair * pairs
+            error = min(_MOST_ERROR, abs(seconds - expected) / expected) if expected > 0 else 0.0
+            self._error += _WEIGHT * (error - self._error)
         if pairs and table.knows(length):
             share = chunk.start / (chunk.start + _DEEP_TOKENS)
             missed = seconds - table.estimate(length) - self._s_per_pair * pairs
@@ -103,6 +111,10 @@ class StepCosts:
     def chunk_s(self, tokens: int, start: int = 0) -> float:
         """A chunk that begins at position `start`: each of its ids looks at all before it."""
         return self._chunks.estimate(tokens) + self._s_per_pair * tokens * start
+
+    def sure_s(self, seconds: float) -> float:
+        """What to plan a chunk for that must hardly ever take longer than that."""
+        return seconds / (1 + _ERRORS * self._error)
 
     def verify_s(self, length: int, start: int = 0) -> float:
         """A chunk whose positions are all wanted."""

@@ -248,9 +248,10 @@ class Scheduler:
         return Chunk(_slot(reader), stretch.start, ids + [_FILLER] * (stretch.length - len(ids)), wanted)
 
     def _stall_s(self, decode_rows: int) -> float:
+        """How long the chunk of this step should be expected to take."""
         if self._limits.max_stall_ms > 0:
-            return self._limits.max_stall_ms / 1e3
-        return max(_LEAST_STALL_S, 2 * self._costs.decode_s(decode_rows) if decode_rows else 0.0)
+            return self._costs.sure_s(self._limits.max_stall_ms / 1e3)
+        return self._costs.sure_s(max(_LEAST_STALL_S, 2 * self._costs.decode_s(decode_rows) if decode_rows else 0.0))
 
     def _saves(self, reader: Sequence, chunk: Chunk) -> list[Save]:
         """Keep the whole blocks of the prompt that the slot holds after the chunk, as far as they are not kept yet."""

@@ -98,3 +98,12 @@ def test_a_prediction_knows_how_deep_a_chunk_is() -> None:
     deep = StepPlan(1, Chunk(0, 4000, [1] * 32, []), None, 0.0)
     shallow = StepPlan(1, Chunk(0, 0, [1] * 32, []), None, 0.0)
     assert costs.predict_s(deep) > 1.2 * costs.predict_s(shallow)
+
+
+def test_the_less_sure_a_prediction_is_the_less_is_planned_for() -> None:
+    steady, unsteady = StepCosts(), StepCosts()
+    for number in range(50):
+        steady.observe(*chunk_of(32, 0.05))
+        unsteady.observe(*chunk_of(32, 0.05 if number % 2 else 0.07))
+    assert steady.sure_s(0.1) == pytest.approx(0.1)
+    assert 0.05 <= unsteady.sure_s(0.1) < 0.085
