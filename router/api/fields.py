@@ -11,10 +11,10 @@ import msgspec
 from msgspec import Meta
 
 from core.errors import RequestError
-from core.limits import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
+from core.limits import MAX_LOGIT_BIASES, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from router.config import Defaults
 
-MAX_BIASES = 1024
+
 MAX_COUNT = 2**31 - 1
 MAX_DEADLINE_S = 3600.0
 
@@ -34,8 +34,8 @@ class CommonFields(msgspec.Struct, kw_only=True):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=2)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_LOGIT_BIASES)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     stop: str | list[str] | None = None
     service_tier: str | None = None
     exact: bool | None = msgspec.field(default=None, name="edgechat:exact")
