@@ -14,7 +14,6 @@ from core.errors import RequestError
 from core.limits import MAX_LOGIT_BIASES, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from router.config import Defaults
 
-
 MAX_COUNT = 2**31 - 1
 MAX_DEADLINE_S = 3600.0
 
