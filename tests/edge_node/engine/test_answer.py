@@ -112,3 +112,32 @@ def test_who_gave_way_tells_of_the_first_time_it_was_let_in() -> None:
     assert started.cached_tokens == done.usage.cached_tokens == BLOCK_TOKENS
     timings = done.timings
     assert (timings.queue_ms, timings.prefill_ms, timings.decode_ms) == (250.0, 0.0, 9750.0)
+
+
+def test_who_gave_way_before_its_prompt_was_read_counts_what_it_did_not_compute_in_the_end() -> None:
+    node = Node(msgspec.structs.replace(LIMITS, prefix_blocks=16), FakeRunner(1, CONTEXT, 16))
+    node.answer(generate("before", "b" * BLOCK_TOKENS))
+    node.submit(generate("low", "b" * BLOCK_TOKENS + "l" * 2 * BLOCK_TOKENS, most=3, seed=3))
+    node.step()
+    node.answer(generate("high", "h", priority=1, most=4))
+    done = node.ended("low")
+    assert isinstance(done, Done)
+    assert done.usage.cached_tokens == 2 * BLOCK_TOKENS, "the second block was kept, and no block counts twice"
+
+
+def test_what_was_cached_at_first_stays_said_however_often_it_is_read_again() -> None:
+    node = Node(msgspec.structs.replace(LIMITS, prefix_blocks=1), FakeRunner(1, CONTEXT, 1))
+    low = generate("low", "b" * BLOCK_TOKENS + "l" * 2 * BLOCK_TOKENS, most=30, seed=3)
+    node.answer(generate("before", "b" * BLOCK_TOKENS))
+    node.submit(low)
+    while len(node.ids("low")) < 3:
+        node.step()
+    node.submit(generate("high", "h", priority=1, most=4))
+    while "high" not in {output.stream for output in node.outputs if isinstance(output, Done)}:
+        node.step()
+    node.step()
+    node.answer(generate("higher", "x" * 2 * BLOCK_TOKENS, priority=1, most=4))
+    assert node.ids("low") == said_alone(low, CONTEXT)
+    done = node.ended("low")
+    assert isinstance(done, Done)
+    assert node.started("low").cached_tokens == done.usage.cached_tokens == BLOCK_TOKENS
