@@ -15,6 +15,8 @@ from core.errors import ConfigError
 from core.settings import host_and_port, is_loopback, load_settings
 
 PREFIX = "EDGE"
+# Bridges the gaps between operators, and takes little from others on the same cores; docs/decisions/028.
+SPIN_US = 20
 
 Name: TypeAlias = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,64}$")]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
@@ -61,7 +63,8 @@ class DiscoverySection(_Section, frozen=True):
 
 
 class EngineSection(_Section, frozen=True):
-    """threads 0: one per core that this process may use. max_stall_ms 0: the engine's own default.
+    """threads 0: one per core that this process may use. max_stall_ms 0: the engine's own default. spin_us: how long a
+    thread waits awake for the next operator of a step.
 
     kv_cache_bytes: prefix blocks beside the slots, which conversations come back to; 0 = nothing is kept.
     speculation: whether drafts are tried where they pay.
@@ -75,7 +78,7 @@ class EngineSection(_Section, frozen=True):
     max_stall_ms: Annotated[float, Meta(ge=0.0, le=60_000.0)] = 0.0
     kv_cache_bytes: Annotated[int, Meta(ge=0, le=1 << 42)] = 1 << 30
     speculation: bool = True
-    spinning: bool = False
+    spin_us: Annotated[int, Meta(ge=0, le=10_000)] = SPIN_US
     verify: bool = True
 
 

@@ -203,7 +203,7 @@ class Node:
             max_stall_ms=engine.max_stall_ms,
             kv_cache_bytes=engine.kv_cache_bytes,
             speculation=engine.speculation,
-            spinning=engine.spinning,
+            spin_us=engine.spin_us,
             verify=engine.verify,
         )
 

@@ -43,7 +43,7 @@ class Load(_Message, frozen=True, tag="load"):
     max_stall_ms: float
     kv_cache_bytes: int
     speculation: bool
-    spinning: bool
+    spin_us: int
     verify: bool
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from core.manifest import Manifest
+from edge_node.config import SPIN_US
 from edge_node.engine.ladder import LADDER, VERIFIED_LENGTHS
 from edge_node.engine.step import BLOCK_TOKENS, Chunk, Decode, Load, Logits, Move, Save, StepPlan, StepResult
 from edge_node.runtime.pools import CudaRuntime, DevicePools, Geometry, HostPools, Pools
@@ -74,13 +75,13 @@ class Runner:
         threads: int,
         slots: int,
         context_tokens: int,
-        spinning: bool = False,
+        spin_us: int = SPIN_US,
         prefix_blocks: int = 0,
     ) -> Runner:
         """Load the graph of a verified release.
 
-        spinning: threads wait for the next operator by burning their core; only for cores of one's
-        own. Raises DeviceUnavailable, and ConfigError for a context that the graph or a cache that memory cannot hold.
+        spin_us: how long a thread waits awake for the next operator of a step, 0 = not at all. Raises DeviceUnavailable,
+        and ConfigError for a context that the graph or a cache that memory cannot hold.
         """
         if not 2 <= context_tokens <= manifest.context_tokens:
             raise ConfigError(
@@ -91,7 +92,7 @@ class Runner:
             ort.preload_dlls()
         if _PROVIDERS[device] not in ort.get_available_providers():
             raise DeviceUnavailable(_unavailable(device))
-        options = _options(threads, spinning)
+        options = _options(threads, spin_us)
         session = ort.InferenceSession(str(folder / manifest.graph), options, providers=[_PROVIDERS[device]])
         if session.get_providers()[0] != _PROVIDERS[device]:
             raise DeviceUnavailable(_unavailable(device))
@@ -218,14 +219,18 @@ def _cuda_runtime() -> CudaRuntime:
         ) from error
 
 
-def _options(threads: int, spinning: bool) -> Any:
+def _options(threads: int, spin_us: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Patterns are kept per input shape; prompts have too many.
     options.enable_mem_pattern = False
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin_us else "0")
+    if spin_us:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
+        # Between steps nobody spins.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return options
 

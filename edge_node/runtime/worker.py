@@ -341,7 +341,7 @@ def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
         load.threads,
         load.slots,
         load.context_tokens,
-        load.spinning,
+        load.spin_us,
         prefix_blocks,
     )
     for plan, result in runner.warm_up(load.speculation):

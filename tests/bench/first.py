@@ -180,7 +180,7 @@ def report(figures: list[Figure]) -> list[str]:
         "Written by `make bench-first`. Medians of a shared machine; rows of one run belong together.",
         "",
         f"- {provenance('onnxruntime', 'numpy', 'aiohttp', 'websockets')}",
-        f"- SmolLM2-135M, recipe gguf-exact, {THREADS} threads, spinning off, {NEW_TOKENS} new tokens a stream;",
+        f"- SmolLM2-135M, recipe gguf-exact, {THREADS} threads, {NEW_TOKENS} new tokens a stream;",
         "  router, node and the measuring client share the cores with each other, the bare loop has them alone",
         "",
         *table(figures),

@@ -25,8 +25,8 @@ def test_the_shipped_file_says_the_defaults() -> None:
 
 
 def test_a_key_is_overridden_by_the_environment() -> None:
-    settings = read_settings(LEAST, {"EDGE__LISTEN__PORT": "7102", "EDGE__ENGINE__SPINNING": "true"}, "edge.toml")
-    assert (settings.listen.port, settings.engine.spinning) == (7102, True)
+    settings = read_settings(LEAST, {"EDGE__LISTEN__PORT": "7102", "EDGE__ENGINE__SPIN_US": "0"}, "edge.toml")
+    assert (settings.listen.port, settings.engine.spin_us) == (7102, 0)
 
 
 @pytest.mark.parametrize(

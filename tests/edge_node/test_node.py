@@ -384,6 +384,7 @@ async def test_an_engine_is_told_to_load_what_the_configuration_says() -> None:
             "max_waiting": 9,
             "kv_cache_bytes": 5_000_000_000,
             "speculation": False,
+            "spin_us": 7,
             "verify": False,
         },
         node={"release": "x/y"},
@@ -391,7 +392,7 @@ async def test_an_engine_is_told_to_load_what_the_configuration_says() -> None:
     async with Served(settings) as served:
         await eventually_async(lambda: served.engines.started)
         load = await served.engines.started[0].was_told(Load)
-        assert load == Load("x/y", RELEASE, "test", "cpu", 2, 3, 256, 9, 0.0, 5_000_000_000, False, False, False)
+        assert load == Load("x/y", RELEASE, "test", "cpu", 2, 3, 256, 9, 0.0, 5_000_000_000, False, 7, False)
 
 
 # -- shutting down ---------------------------------------------------------------------------

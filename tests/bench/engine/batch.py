@@ -63,7 +63,7 @@ def measure(scale: Scale) -> Found:
     gains = ratios(in_blocks(taken[1], BLOCK_STEPS), in_blocks(taken[0], BLOCK_STEPS), SLOTS)
     rows.append(row(f"engine, {SLOTS} streams over one", gains, "x", at_least(3.0), 2))
     notes = [
-        f"{THREADS} threads, spinning off. The bare loop takes the best id of each row and nothing else, at the same "
+        f"{THREADS} threads. The bare loop takes the best id of each row and nothing else, at the same "
         f"positions of the same eight conversations; steps alternate, each value is {BLOCK_STEPS} steps of each."
     ]
     return Found("batch", "Eight different prompts together", rows, notes)
