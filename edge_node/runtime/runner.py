@@ -80,8 +80,8 @@ class Runner:
     ) -> Runner:
         """Load the graph of a verified release.
 
-        spin_us: how long a thread waits awake for the next operator of a step, 0 = not at all. Raises DeviceUnavailable,
-        and ConfigError for a context that the graph or a cache that memory cannot hold.
+        spin_us: how long a thread waits awake for the next operator of a step, 0 = not at all.
+        Raises DeviceUnavailable, and ConfigError for a context that the graph or a cache that memory cannot hold.
         """
         if not 2 <= context_tokens <= manifest.context_tokens:
             raise ConfigError(
