@@ -15,7 +15,7 @@ _WEIGHT = 0.2
 # Where a chunk's start tells as much about the cost of depth as its length does about its own.
 _DEEP_TOKENS = 1024
 # A bound that is to hold nearly always is that many usual errors away from the expectation.
-_ERRORS = 3.0
+_ERRORS = 4.0
 _MOST_ERROR = 0.5
 # Before anything is measured; slow on purpose, since a watchdog multiplies predictions.
 _UNKNOWN_S_PER_TOKEN = 0.05
