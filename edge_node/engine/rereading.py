@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from core.conversation import Item, prefix_keys
-from core.frames import Generate
 from core.stream import output_items
 from edge_node.engine.answer import Answer
+from edge_node.engine.prepare import setting_of
 from edge_node.engine.speech import Setting, Speech
 from edge_node.engine.step import BLOCK_TOKENS
 from edge_node.engine.window import without_oldest
@@ -43,11 +43,6 @@ class Beginning(NamedTuple):
 
     ids: list[int]
     ends: list[int]
-
-
-def setting_of(request: Generate) -> Setting:
-    """What the request says about its answer as a whole."""
-    return Setting(request.tools, request.format, request.effort)
 
 
 def past_of(answer: Answer) -> Past:

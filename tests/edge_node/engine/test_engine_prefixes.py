@@ -22,7 +22,9 @@ SYSTEM = "s" * 3 * BLOCK_TOKENS
 class Fleet:
     """One engine with its runner, and what it has said."""
 
-    def __init__(self, blocks: int = 64, slots: int = 2, max_stall_ms: float = 40.0) -> None:
+    def __init__(
+        self, blocks: int = 64, slots: int = 2, max_stall_ms: float = 40.0, speech: FakeSpeech | None = None
+    ) -> None:
         limits = EngineLimits(
             slots=slots,
             context_tokens=CONTEXT,
@@ -31,7 +33,7 @@ class Fleet:
             max_stall_ms=max_stall_ms,
             prefix_blocks=blocks,
         )
-        self.engine = Engine(fake_manifest(), FakeSpeech(), limits)
+        self.engine = Engine(fake_manifest(), speech or FakeSpeech(), limits)
         self.runner = FakeRunner(slots, CONTEXT, blocks)
         self.outputs: list[Output] = []
 
@@ -147,8 +149,7 @@ def test_history_that_is_written_differently_later_is_read_as_it_will_be() -> No
             ]
             return super().lay_out(kept, "")
 
-    fleet, request = Fleet(), generate("a", "u" * 60, most=100, seed=5)
-    fleet.engine._speech = Forgetful()
+    fleet, request = Fleet(speech=Forgetful()), generate("a", "u" * 60, most=100, seed=5)
     said = ids_of(fleet.answer(request))
     fleet.rest()
     outputs = fleet.answer(next_turn(request, said))
@@ -258,9 +259,6 @@ def test_a_conversation_that_has_gone_on_is_re_read_once_not_for_each_turn() -> 
 
 
 def test_at_most_one_conversation_is_rendered_between_two_looks_at_who_came() -> None:
-    fleet = Fleet()
-    for index in range(3):
-        fleet.answer(generate(f"short {index}", "too short for a block"))
     rendered: list[int] = []
 
     class Counting(FakeSpeech):
@@ -268,7 +266,10 @@ def test_at_most_one_conversation_is_rendered_between_two_looks_at_who_came() ->
             rendered.append(len(items))
             return super().lay_out(items, release, setting)
 
-    fleet.engine._speech = Counting()
+    fleet = Fleet(speech=Counting())
+    for index in range(3):
+        fleet.answer(generate(f"short {index}", "too short for a block"))
+    rendered.clear()
     for count in (1, 2, 3):
         assert fleet.step() is None and len(rendered) == count
         assert fleet.engine.resting == (count == 3)

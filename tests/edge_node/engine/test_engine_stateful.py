@@ -226,7 +226,7 @@ class DraftedConversations(Conversations):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("edge_node.engine.engine.Speculator", Guesses)
+        self.patch.setattr("edge_node.engine.prepare.Speculator", Guesses)
 
     def teardown(self) -> None:
         super().teardown()
