@@ -13,9 +13,12 @@ import pytest
 from export.errors import TargetError
 from export.trial import child
 
+# Whatever starts the tests in the background may have them ignore interrupts.
 _SLEEPER = """
+import signal
 from export.trial import child
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     child.call(exec, "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
 """
 
