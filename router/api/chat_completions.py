@@ -198,18 +198,12 @@ class ChatStream:
         self._include_usage = include_usage
         self._calls = 0
         self._begun = False
-        self._logprobs_told = 0
         self._base: Chunk = _head(response, "chat.completion.chunk")
 
     def on_event(self, event: Event) -> list[Chunk]:
         match event["type"]:
             case "response.output_text.delta":
-                self._logprobs_told += len(event["logprobs"])
                 return self._delta({"content": event["delta"]}, logprobs=event["logprobs"])
-            case "response.output_text.done":
-                untold = event["logprobs"][self._logprobs_told :]
-                self._logprobs_told = 0
-                return self._delta({"content": ""}, logprobs=untold) if untold else []
             case "response.reasoning_text.delta":
                 return self._delta({"reasoning": event["delta"], "reasoning_content": event["delta"]})
             case "response.output_item.added" if event["item"]["type"] == "function_call":
