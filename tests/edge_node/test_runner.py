@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import onnxruntime
 import pytest
-from numpy.typing import NDArray
 
 from core.conversation import Item
 from core.errors import ConfigError
 from core.frames import Done, Generate, Progress, Row, Sampling, Started, Text
-from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
-from edge_node.engine import answer as answer_module
+from core.manifest import Manifest
 from edge_node.engine.engine import Engine, EngineLimits
-from edge_node.engine.penalties import History
-from edge_node.engine.sampling import sample
-from edge_node.engine.speech import Speech, open_speech
+from edge_node.engine.speech import Speech
 from edge_node.engine.step import Logits, StepPlan, StepResult, StepRunner
 from edge_node.runtime.runner import DeviceUnavailable, Runner
+from tests.tools.samples import watch_samples
 
 SLOTS = 8
 CONTEXT = 256
@@ -33,16 +29,6 @@ NEW_TOKENS = 8
 GREEDY = Sampling(0.0)
 SAMPLED = Sampling(0.9, 0.95, 50)
 TOPICS = ("Hi", "Name three rivers.", "三条河流是什么？ 🏞️", "Count: " + "one two three " * 12)
-
-
-@pytest.fixture(scope="module")
-def manifest(smollm2_release: Path) -> Manifest:
-    return decode_manifest((smollm2_release / MANIFEST_NAME).read_bytes(), "the test's release")
-
-
-@pytest.fixture(scope="module")
-def speech(smollm2_release: Path, manifest: Manifest) -> Speech:
-    return open_speech(manifest, lambda name: (smollm2_release / name).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +49,10 @@ def bits(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], str]:
     """(seed, position) -> digest of the logits that were sampled from."""
     seen: dict[tuple[int, int], str] = {}
 
-    def recording(
-        logits: Logits,
-        sampling: Sampling,
-        tokenizer_size: int,
-        seed: int,
-        position: int,
-        history: History | None = None,
-        allowed: NDArray[np.bool_] | None = None,
-    ) -> int:
+    def note(logits: Logits, seed: int, position: int) -> None:
         seen[seed, position] = hashlib.sha256(logits.tobytes()).hexdigest()
-        return sample(logits, sampling, tokenizer_size, seed, position, history, allowed)
 
-    monkeypatch.setattr(answer_module, "sample", recording)
+    watch_samples(monkeypatch, note)
     return seen
 
 

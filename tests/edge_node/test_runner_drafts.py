@@ -6,18 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from core.conversation import Item
 from core.frames import Done, Generate, Row, Sampling
-from core.manifest import MANIFEST_NAME, Manifest, decode_manifest
-from edge_node.engine import answer as answer_module
+from core.manifest import Manifest
 from edge_node.engine.engine import Engine, EngineLimits
-from edge_node.engine.penalties import History
-from edge_node.engine.sampling import sample
-from edge_node.engine.speech import Speech, open_speech
+from edge_node.engine.speech import Speech
 from edge_node.engine.step import Logits
 from edge_node.runtime.runner import Runner
+from tests.tools.samples import watch_samples
 
 CONTEXT = 512
 NEW_TOKENS = 60
@@ -35,16 +32,6 @@ PROMPTS = (
 
 
 @pytest.fixture(scope="module")
-def manifest(smollm2_release: Path) -> Manifest:
-    return decode_manifest((smollm2_release / MANIFEST_NAME).read_bytes(), "the test's release")
-
-
-@pytest.fixture(scope="module")
-def speech(smollm2_release: Path, manifest: Manifest) -> Speech:
-    return open_speech(manifest, lambda name: (smollm2_release / name).read_text())
-
-
-@pytest.fixture(scope="module")
 def runner(smollm2_release: Path, manifest: Manifest) -> Runner:
     return Runner.open(smollm2_release, manifest, "cpu", 1, 1, CONTEXT)
 
@@ -54,20 +41,11 @@ def margins(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How far apart the two best logits were, id by id."""
     seen: list[float] = []
 
-    def recording(
-        logits: Logits,
-        sampling: Sampling,
-        tokenizer_size: int,
-        seed: int,
-        position: int,
-        history: History | None = None,
-        allowed: NDArray[np.bool_] | None = None,
-    ) -> int:
-        second, best = np.partition(logits[:tokenizer_size], -2)[-2:]
+    def note(logits: Logits, seed: int, position: int) -> None:
+        second, best = np.partition(logits, -2)[-2:]
         seen.append(float(best - second))
-        return sample(logits, sampling, tokenizer_size, seed, position, history, allowed)
 
-    monkeypatch.setattr(answer_module, "sample", recording)
+    watch_samples(monkeypatch, note)
     return seen
 
 
