@@ -261,8 +261,12 @@ class Engine:
 
     def _remember(self, answer: Answer) -> None:
         """Keep the conversation to be re-read, answer included, as its next turn will have it."""
-        if self._limits.prefix_blocks:
+        if not self._limits.prefix_blocks:
+            return
+        try:
             self._pasts.add(past_of(answer))
+        except Exception as error:  # the answer is complete, and nobody waits for this; the log shall know
+            self._faults.append(Fault(answer.request.stream, answer.request.epoch, error))
 
     def _reread(self, past: Past) -> None:
         """Have a conversation's beginning read through the chunk path, if it is not in the prefix store already."""

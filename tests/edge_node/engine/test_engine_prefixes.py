@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from core.conversation import Item, prefix_keys
-from core.frames import Delta, Generate, Row, Started
+from core.frames import Delta, Done, Generate, Row, Started
 from core.stream import output_items
 from edge_node.engine.engine import Engine, EngineLimits, Output
 from edge_node.engine.speech import PLAIN, Rendered, Setting
@@ -273,3 +273,11 @@ def test_at_most_one_conversation_is_rendered_between_two_looks_at_who_came() ->
     for count in (1, 2, 3):
         assert fleet.step() is None and len(rendered) == count
         assert fleet.engine.resting == (count == 3)
+
+
+def test_an_answer_that_cannot_be_remembered_ends_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, request = Fleet(), generate("a", most=4, seed=3)
+    monkeypatch.setattr("edge_node.engine.engine.past_of", lambda answer: 1 / 0)
+    outputs = fleet.answer(request)
+    assert ids_of(outputs) == said_alone(request, CONTEXT) and isinstance(outputs[-1], Done)
+    assert [type(fault.error) for fault in fleet.engine.take_faults()] == [ZeroDivisionError]
