@@ -19,10 +19,10 @@ from core.stream import Request, RequestRecord, output_items
 from router.api.call import Call, rendered
 from router.errors import Draining
 from router.fleet import Fleet
+from router.journal import StoredResponse
 from router.policy import choose
 from router.session import Instant
 from router.sessions import Reader, Running, Sessions, Shelf
-from router.store import StoredResponse
 from router.terms import priority
 
 MAX_TURNS = 1000

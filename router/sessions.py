@@ -18,6 +18,7 @@ from core.errors import StoreUnavailable
 from core.frames import Cancel, Done, Drain, Failed, Generate, Progress, Row, Started, Status, Tokens
 from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog, replay
 from router.fleet import Fleet, Node
+from router.journal import StoredResponse
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
 from router.metrics import Metrics
 from router.policy import Choice, choose
@@ -34,7 +35,6 @@ from router.session import (
     Serving,
     Session,
 )
-from router.store import StoredResponse
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -20,8 +20,7 @@ from typing import TypeVar
 import msgspec
 
 from core.errors import StoreUnavailable
-from core.frames import Delta
-from core.stream import EndRecord, RequestRecord
+from router.journal import StoredResponse
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +43,6 @@ CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_at);
 PRAGMA user_version = {SCHEMA};
 COMMIT;
 """
-
-
-class StoredResponse(msgspec.Struct, frozen=True):
-    """Everything that the response's event log is a function of; `deltas[i]` belongs to `ids[i]`."""
-
-    record: RequestRecord
-    ids: list[int]
-    deltas: list[list[Delta]]
-    end: EndRecord
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -89,6 +89,7 @@ ROOMS = (
     pure("router.config"),
     pure("router.errors"),
     pure("router.fleet"),
+    pure("router.journal"),
     pure("router.limits"),
     pure("router.policy"),
     pure("router.predictor"),

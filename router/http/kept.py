@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from core.frames import Logprobs
-from router.store import StoredResponse
+from router.journal import StoredResponse
 
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 16 * 1024 * 1024

@@ -9,7 +9,7 @@ from core.errors import DeadlineExceeded, EdgechatError
 from core.stream import Event, Failure
 from router.api.errors import from_failure
 from router.fleet import Node
-from router.store import StoredResponse
+from router.journal import StoredResponse
 
 
 class Whole:

@@ -32,7 +32,7 @@ from router.fleet import Node
 from router.http.context import Context, context_of, principal
 from router.http.kept import Kept
 from router.http.websocket import Peer, require_upgrade
-from router.store import StoredResponse
+from router.journal import StoredResponse
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from router.api.errors import from_failure
 from router.fleet import Node
 from router.http.context import Context, request_id
 from router.http.outbox import Outbox
-from router.store import StoredResponse
+from router.journal import StoredResponse
 
 DONE = b"data: [DONE]\n\n"
 

@@ -30,7 +30,7 @@ from edge_node.release.model_store import open_release
 from export.build import Order, export
 from export.recipes import Recipe
 from router.api.call import rendered
-from router.store import StoredResponse
+from router.journal import StoredResponse
 from tests.e2e.clients import answer, check_log, raw_socket, sdk
 from tests.e2e.processes import ROOT, Fleet, Node, Router, link_secret
 from tests.e2e.waiting import eventually

@@ -36,11 +36,11 @@ from core.stream import Request, RequestRecord
 from router.auth import digest
 from router.config import Auth, Config, Key, Listen, RouterSection
 from router.http.context import Context
+from router.journal import StoredResponse
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
 from router.registry import LINK_PATH
 from router.server import listening, make_context
 from router.session import Instant
-from router.store import StoredResponse
 
 MODEL = "tiny"
 BODY = {"model": MODEL, "input": "hi"}

@@ -5,7 +5,7 @@ import msgspec
 from core.frames import Logprobs
 from core.stream import EndRecord, output_items
 from router.http.kept import Kept
-from router.store import StoredResponse
+from router.journal import StoredResponse
 from tests.router.fakes import record, words
 
 END = EndRecord(status="completed", completed_at=1)

@@ -15,7 +15,8 @@ from core.errors import StoreUnavailable
 from core.frames import Arguments, Delta, ItemEnd, ItemStart, Logprobs, Text, Usage
 from core.stream import EndRecord, Failure, Request, RequestRecord, replay
 from router import store as store_module
-from router.store import ResponseStore, StoredResponse
+from router.journal import StoredResponse
+from router.store import ResponseStore
 
 SECRET_TEXT = "a sentence that belongs in no log"
 
