@@ -19,6 +19,7 @@
         Overloaded                    overloaded              503, retryable
         StoreUnavailable              store_unavailable       503, retryable
         DeadlineExceeded              deadline_exceeded       504
+        PoisonedRequest               poisoned_request        500
 
 Every message is one sentence that says what happened, where, and what to do.
 This module does not know how an error travels; `router/api` and the link translate.
@@ -191,3 +192,12 @@ class DeadlineExceeded(ServiceError):
 
     def __init__(self, deadline_s: float) -> None:
         super().__init__(f"The answer was not complete within the {deadline_s:g} s that it was given; allow more time.")
+
+
+class PoisonedRequest(ServiceError):
+    """Two engines died under it, so a third would too. Not retryable."""
+
+    code = "poisoned_request"
+
+    def __init__(self) -> None:
+        super().__init__("Two engines stopped while they worked on this request; it is not tried again, change it.")

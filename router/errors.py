@@ -10,6 +10,8 @@ RequestError
   ConnectionLimitReached        websocket_connection_limit_reached  400
 ServiceError
   Draining                      draining                503, retryable
+  ResponseMoved                 response_moved          503, retryable
+  RouterUnreachable             router_unreachable      503, retryable
 """
 
 from __future__ import annotations
@@ -77,3 +79,22 @@ class Draining(ServiceError):
 
     def __init__(self) -> None:
         super().__init__("This router is shutting down; connect again.", retry_after_s=1.0)
+
+
+class ResponseMoved(ServiceError):
+    code = "response_moved"
+    status = 503
+    retryable = True
+
+    def __init__(self) -> None:
+        super().__init__("Another router has taken over this response; resume it.", retry_after_s=1.0)
+
+
+class RouterUnreachable(ServiceError):
+    code = "router_unreachable"
+    status = 503
+    retryable = True
+
+    def __init__(self, router: str) -> None:
+        sentence = f"The router {router!r}, which holds this response, cannot be reached; try again shortly."
+        super().__init__(sentence, retry_after_s=2.0)
