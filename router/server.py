@@ -29,7 +29,7 @@ from router.metrics import Metrics
 from router.registry import ConsulRegistry, Registry, RouterService, StaticRegistry
 from router.session import Instant
 from router.sessions import AnyStore, Links, Sessions, Shelf
-from router.store import ResponseStore
+from router.store.sqlite import ResponseStore
 
 log = logging.getLogger(__name__)
 

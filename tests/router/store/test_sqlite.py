@@ -14,9 +14,9 @@ from core.conversation import Item
 from core.errors import StoreUnavailable
 from core.frames import Arguments, Delta, ItemEnd, ItemStart, Logprobs, Text, Usage
 from core.stream import EndRecord, Failure, Request, RequestRecord, replay
-from router import store as store_module
+from router.store import sqlite as store_module
 from router.journal import StoredResponse
-from router.store import ResponseStore
+from router.store.sqlite import ResponseStore
 
 SECRET_TEXT = "a sentence that belongs in no log"
 
