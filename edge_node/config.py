@@ -67,7 +67,8 @@ class EngineSection(_Section, frozen=True):
     thread waits awake for the next operator of a step.
 
     kv_cache_bytes: prefix blocks beside the slots, which conversations come back to; 0 = nothing is kept.
-    speculation: whether drafts are tried where they pay.
+    speculation: whether drafts are tried where they pay. failover_exact_s: an answer that was begun elsewhere goes on
+    exactly as it would have there, unless that takes so long before its next id.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -78,6 +79,7 @@ class EngineSection(_Section, frozen=True):
     max_stall_ms: Annotated[float, Meta(ge=0.0, le=60_000.0)] = 0.0
     kv_cache_bytes: Annotated[int, Meta(ge=0, le=1 << 42)] = 1 << 30
     speculation: bool = True
+    failover_exact_s: Seconds = 1.0
     spin_us: Annotated[int, Meta(ge=0, le=10_000)] = SPIN_US
     verify: bool = True
 

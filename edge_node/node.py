@@ -205,6 +205,7 @@ class Node:
             speculation=engine.speculation,
             spin_us=engine.spin_us,
             verify=engine.verify,
+            failover_exact_s=engine.failover_exact_s,
         )
 
     def _tell_all(self) -> None:

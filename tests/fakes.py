@@ -213,13 +213,19 @@ def logits_after(prefix: list[Written]) -> Logits:
     return logits.astype(np.float32)
 
 
-def said_alone(request: Generate, context_tokens: int, paths_differ: bool = True) -> list[int]:
-    """All output ids of a request that nothing disturbs: the oracle, without any engine."""
+def said_alone(
+    request: Generate, context_tokens: int, paths_differ: bool = True, given_read: bool = False
+) -> list[int]:
+    """All output ids, those given included, of a request that nothing disturbs: the oracle, without any engine.
+
+    given_read: whether the given ids take the chunk path, as the prompt does.
+    """
     prompt = FakeSpeech().lay_out(request.items, request.release).ids
     most = min(request.max_output_tokens, context_tokens - len(prompt))
-    output: list[int] = []
+    output = list(request.output_ids)
+    read = len(output) if given_read else 0
     while len(output) < most and STOP_ID not in output:
-        prefix: list[Written] = [(token, "chunk") for token in prompt]
-        prefix += [(token, "one" if paths_differ else "chunk") for token in output]
+        prefix: list[Written] = [(token, "chunk") for token in [*prompt, *output[:read]]]
+        prefix += [(token, "one" if paths_differ else "chunk") for token in output[read:]]
         output.append(sample(logits_after(prefix), request.sampling, TOKENIZER_SIZE, request.seed, len(output)))
     return output

@@ -134,6 +134,8 @@ class Engine:
             return [_started(answer), _done(answer, answer.finish, now_s)]
         if refused is not None:
             self._forget(refused)
+        if self._in_a_hurry(answer):
+            _read_given(answer)
         self._streams[request.stream] = self._answers[answer.sequence] = answer
         self._scheduler.add(answer.sequence)
         self._chains.note(request.prefix_keys, prepared.ends, answer.sequence.keys)
@@ -203,6 +205,14 @@ class Engine:
         if last is None:
             raise self._overloaded()
         return self._answers[last]
+
+    def _in_a_hurry(self, answer: Answer) -> bool:
+        """Whether to continue an answer by reading what it was given, because one id after another takes too long."""
+        if answer.request.exact or not answer.sequence.output:
+            return False
+        rows = min(self.running + self.waiting + 1, self._limits.slots)
+        exact_s = len(answer.sequence.output) * self._costs.decode_s(rows)
+        return exact_s >= self._limits.failover_exact_s
 
     def _overloaded(self) -> Overloaded:
         return Overloaded(f"All {self._limits.slots} slots are busy and the waiting line is full; try again shortly.")
@@ -290,6 +300,11 @@ def _answer_of(prepared: Prepared) -> Answer:
     return prepared.answer
 
 
+def _read_given(answer: Answer) -> None:
+    sequence = answer.sequence
+    sequence.read_output(block_keys(answer.request.cache_salt, [*sequence.prompt, *sequence.output]))
+
+
 def _started(answer: Answer) -> Started:
     request, sequence = answer.request, answer.sequence
     return Started(request.stream, request.epoch, len(sequence.prompt), sequence.cached_tokens, answer.dropped_items)
@@ -297,7 +312,7 @@ def _started(answer: Answer) -> Started:
 
 def _progress(answer: Answer) -> Progress:
     request, sequence = answer.request, answer.sequence
-    return Progress(request.stream, request.epoch, sequence.computed, len(sequence.prompt))
+    return Progress(request.stream, request.epoch, sequence.prompt_computed, len(sequence.prompt))
 
 
 def _done(answer: Answer, finish: Finish, now_s: float) -> Done:

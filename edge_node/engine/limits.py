@@ -12,6 +12,8 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     sequences that may wait for a slot. chunk_tokens: the longest prompt chunk of a step.
     max_stall_ms: the longest chunk while others are being answered; 0 = two decode steps, at least 50 ms.
     prefix_blocks: size of the prefix store, 0 = nothing is reused. speculation: whether drafts are tried.
+    failover_exact_s: an answer is continued exactly when computing its given ids one by one takes less; 0 = only one
+    that must be exact.
     """
 
     slots: int
@@ -21,3 +23,4 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_stall_ms: float = 0.0
     prefix_blocks: int = 0
     speculation: bool = False
+    failover_exact_s: float = float("inf")

@@ -230,20 +230,20 @@ class Scheduler:
     # -- the parts of a plan ----------------------------------------------------------------
 
     def _load(self, reader: Sequence) -> list[Load]:
-        """Copy what the store holds of the prompt by now, somebody else's reading since the last chunk included."""
+        """Copy what the store holds of it by now, somebody else's reading since the last chunk included."""
         blocks = self._store.match(reader.keys)
         return [Load(_slot(reader), blocks)] if reader.hit(len(blocks)) else []
 
     def _chunk(self, reader: Sequence, decode_rows: int) -> Chunk:
-        prompt, most = reader.prompt, self._limits.chunk_tokens
+        to_read, most = reader.to_read, self._limits.chunk_tokens
         if decode_rows or reader is self._rereading:
             costs = {step: self._costs.chunk_s(step, reader.computed) for step in LADDER}
             most = longest_within(costs, self._stall_s(decode_rows), most)
-        stretch = next_stretch(reader.computed, len(prompt), self._limits.context_tokens, most)
-        ids = prompt[stretch.start : stretch.start + stretch.length]
-        ends_prompt = stretch.start + stretch.length >= len(prompt)
-        # The last position of the prompt is sampled from, unless its successor is already known.
-        samples = ends_prompt and not reader.output and reader is not self._rereading
+        stretch = next_stretch(reader.computed, len(to_read), self._limits.context_tokens, most)
+        ids = to_read[stretch.start : stretch.start + stretch.length]
+        is_last = stretch.start + stretch.length >= len(to_read)
+        # The last position is sampled from, unless its successor is already known.
+        samples = is_last and reader.ends_read and reader is not self._rereading
         wanted = [len(ids) - 1] if samples else []
         return Chunk(_slot(reader), stretch.start, ids + [_FILLER] * (stretch.length - len(ids)), wanted)
 
@@ -254,7 +254,7 @@ class Scheduler:
         return self._costs.sure_s(max(_LEAST_STALL_S, 2 * self._costs.decode_s(decode_rows) if decode_rows else 0.0))
 
     def _saves(self, reader: Sequence, chunk: Chunk) -> list[Save]:
-        """Keep the whole blocks of the prompt that the slot holds after the chunk, as far as they are not kept yet."""
+        """Keep the whole blocks to read that the slot holds after the chunk, as far as they are not kept yet."""
         first, blocks = self._store.insert(reader.keys[: (chunk.start + len(chunk.ids)) // BLOCK_TOKENS])
         return [Save(chunk.slot, first, blocks)] if blocks else []
 
@@ -289,7 +289,7 @@ class Scheduler:
             if not sequence.reading:
                 ids[row], ends[row] = sequence.next_id, sequence.computed + 1
             elif chunk is not None and chunk.slot == sequence.slot:
-                ends[row] = min(chunk.start + len(chunk.ids), len(sequence.prompt)) + 1
+                ends[row] = min(chunk.start + len(chunk.ids), len(sequence.to_read)) + 1
             else:
                 ends[row] = sequence.computed + 1
         wanted = [_slot(sequence) - lo for sequence in writers if sequence.wants_sample]

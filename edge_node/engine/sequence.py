@@ -1,12 +1,15 @@
 """Ids, and how many of them a slot holds.
 
     positions   0 ............ prompt ............ P ...... output ...... P + len(output)
+    to read     [.................................R
     in the KV   [------- computed -------)
 
-A sequence is *reading* while computed < P, else *writing*. Whatever its history, its computed tokens
-catch up with its tokens: prompt positions through the chunk path (or copied from prefix blocks, which
-hold the same bits), output positions through the one-token path, ids that were given like ids that
-were sampled. Only drafts go through the chunk path beyond the prompt (docs/decisions/025-speculation.md).
+A sequence is *reading* while computed < R, else *writing*. Whatever its history, its computed tokens
+catch up with its tokens: positions to read through the chunk path (or copied from prefix blocks, which
+hold the same bits), the others through the one-token path, one by one. What is to be read is the prompt,
+R = P; of an answer that is continued in a hurry also the ids that it was given, which are otherwise computed as
+they were when they were sampled (docs/decisions/020-one-rule-and-the-ladder.md). Beyond R only drafts go through the
+chunk path (docs/decisions/025-speculation.md).
 Does not know slots beyond the number it holds, nor other sequences, nor what is said.
 """
 
@@ -22,7 +25,7 @@ MIN_GAIN_TOKENS = 2
 class Sequence:
     """Invariant: 0 <= computed < tokens while it is scheduled.
 
-    keys: of the prompt's whole blocks. limit_tokens: prompt and output together never get longer.
+    keys: of the whole blocks of what is to be read. limit_tokens: prompt and output together never get longer.
     priority: higher goes first. speculator: drafts what may follow, None where that is not wanted.
     """
 
@@ -35,6 +38,7 @@ class Sequence:
         speculator: Speculator | None = None,
     ) -> None:
         self.prompt = prompt
+        self.to_read = prompt
         self.keys = keys
         self.limit_tokens = limit_tokens
         self.priority = priority
@@ -59,7 +63,17 @@ class Sequence:
 
     @property
     def reading(self) -> bool:
-        return self.computed < len(self.prompt)
+        return self.computed < len(self.to_read)
+
+    @property
+    def ends_read(self) -> bool:
+        """Whether nothing is known beyond what is to be read, so that its last position is sampled from."""
+        return len(self.to_read) == self.tokens
+
+    @property
+    def prompt_computed(self) -> int:
+        """How many of the prompt's positions are computed."""
+        return min(self.computed, len(self.prompt))
 
     @property
     def wants_sample(self) -> bool:
@@ -76,6 +90,11 @@ class Sequence:
         if self.speculator is not None:
             self.speculator.push(token)
 
+    def read_output(self, keys: list[bytes]) -> None:
+        """Have the output ids so far read like a prompt; only before it is scheduled. keys: as of then."""
+        self.to_read = [*self.prompt, *self.output]
+        self.keys = keys
+
     def seat(self, slot: int, now_s: float) -> None:
         """Take a slot, in which nothing is computed yet."""
         self.slot = slot
@@ -91,19 +110,18 @@ class Sequence:
             self.cached_tokens = 0
 
     def hit(self, blocks: int) -> bool:
-        """Take that many blocks of the prompt by copy, but never its last id; False if that is no gain."""
-        reached = min(blocks * BLOCK_TOKENS, len(self.prompt) - 1)
-        gained = reached - self.computed
-        if gained < MIN_GAIN_TOKENS:
+        """Take that many blocks by copy, but never the last id to read; False if that is no gain."""
+        reached = min(blocks * BLOCK_TOKENS, len(self.to_read) - 1)
+        if reached - self.computed < MIN_GAIN_TOKENS:
             return False
-        self.computed = reached
+        before, self.computed = self.prompt_computed, reached
         if not self._was_read:
-            self.cached_tokens += gained
+            self.cached_tokens += self.prompt_computed - before
         return True
 
     def read_to(self, position: int) -> None:
-        """A chunk has computed the prompt up to there."""
-        self.computed = min(position, len(self.prompt))
+        """A chunk has computed what is to be read up to there."""
+        self.computed = min(position, len(self.to_read))
         self._was_read = self._was_read or not self.reading
         self._settle()
 
@@ -117,4 +135,5 @@ class Sequence:
 
     def check_invariants(self) -> None:
         assert 0 <= self.computed < self.tokens <= self.limit_tokens, (self.computed, self.tokens, self.limit_tokens)
-        assert len(self.keys) == len(self.prompt) // BLOCK_TOKENS
+        assert len(self.prompt) <= len(self.to_read) <= self.tokens
+        assert len(self.keys) == len(self.to_read) // BLOCK_TOKENS

@@ -29,7 +29,7 @@ class Load(_Message, frozen=True, tag="load"):
     """First message: what to serve. `release` and `variant` are what the parent has told others.
 
     threads: at least 1. context_tokens: already capped by the release. max_stall_ms: 0 = the engine's default.
-    kv_cache_bytes: memory for prefix blocks, 0 = none.
+    kv_cache_bytes: memory for prefix blocks, 0 = none. failover_exact_s: as EngineLimits has it.
     """
 
     folder: str
@@ -45,6 +45,7 @@ class Load(_Message, frozen=True, tag="load"):
     speculation: bool
     spin_us: int
     verify: bool
+    failover_exact_s: float
 
 
 ToChild: TypeAlias = Load | Generate | Cancel

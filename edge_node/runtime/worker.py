@@ -332,6 +332,7 @@ def _open_engine(load: Load, release: Release) -> tuple[Engine, StepRunner]:
         max_stall_ms=load.max_stall_ms,
         prefix_blocks=prefix_blocks,
         speculation=load.speculation,
+        failover_exact_s=load.failover_exact_s,
     )
     engine = Engine(manifest, speech, limits, grammars)
     runner = Runner.open(

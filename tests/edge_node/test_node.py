@@ -386,13 +386,14 @@ async def test_an_engine_is_told_to_load_what_the_configuration_says() -> None:
             "speculation": False,
             "spin_us": 7,
             "verify": False,
+            "failover_exact_s": 2.5,
         },
         node={"release": "x/y"},
     )
     async with Served(settings) as served:
         await eventually_async(lambda: served.engines.started)
         load = await served.engines.started[0].was_told(Load)
-        assert load == Load("x/y", RELEASE, "test", "cpu", 2, 3, 256, 9, 0.0, 5_000_000_000, False, 7, False)
+        assert load == Load("x/y", RELEASE, "test", "cpu", 2, 3, 256, 9, 0.0, 5_000_000_000, False, 7, False, 2.5)
 
 
 # -- shutting down ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from edge_node.runtime.pipe import Beat, Fatal, Load, Loaded, Residents, ToChild
 from edge_node.runtime.worker import Pipe, Pulse
 from tests.edge_node.fake_engine import IDLE, generate, row
 
-LOAD = Load("folder", "tiny@0123456789ab", "test", "cpu", 1, 2, 64, 4, 0.0, 1 << 20, True, 20, True)
+LOAD = Load("folder", "tiny@0123456789ab", "test", "cpu", 1, 2, 64, 4, 0.0, 1 << 20, True, 20, True, 1.0)
 
 
 @pytest.mark.parametrize("message", [LOAD, generate("s"), Cancel("s", 1)])

@@ -354,7 +354,7 @@ def test_a_request_that_comes_before_the_engine_is_passed_on() -> None:
     assert passed_on(None, generate("a")) == [generate("a")]
 
 
-LOAD = Load("", "fake@000000000000", "fake", "cpu", 1, 1, 256, 1, 0.0, 0, False, False, False)
+LOAD = Load("", "fake@000000000000", "fake", "cpu", 1, 1, 256, 1, 0.0, 0, False, 0, False, 1.0)
 
 
 def test_a_panic_of_the_engine_is_told_before_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 """Random arrivals, priorities, deadlines, cancels and epochs over a full prefix store and random drafts: every stream
-says what it says alone, and ends exactly once."""
+says what it says alone, continued exactly or fast, and ends exactly once."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ class Heard:
 
 class Conversations(RuleBasedStateMachine):
     drafts = False
+    fast = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,6 +72,7 @@ class Conversations(RuleBasedStateMachine):
             max_stall_ms=24,
             prefix_blocks=BLOCKS,
             speculation=self.drafts,
+            failover_exact_s=0.0 if self.fast else float("inf"),
         )
         self.engine = Engine(fake_manifest(), FakeSpeech(), limits)
         # A draft is verified on the other path; what it may change there is another test's business.
@@ -104,9 +106,11 @@ class Conversations(RuleBasedStateMachine):
         if before is not None:
             self.replaced.append(before)
         self.heard[request.stream] = Heard(request, list(request.output_ids))
-        if request.stream not in self.alone:
-            self.alone[request.stream] = said_alone(request, CONTEXT, paths_differ=not self.drafts)
-            Guesses.answer[tuple(prompt_of(request))] = self.alone[request.stream]
+        reads = self.fast and not request.exact
+        said = said_alone(request, CONTEXT, paths_differ=not self.drafts, given_read=reads)
+        assert reads or before is None or said == self.alone[request.stream], "an exact continuation changed something"
+        self.alone[request.stream] = said
+        Guesses.answer[tuple(prompt_of(request))] = said
         self.hear(self.engine.submit(request, self.now_s))
 
     @rule(
@@ -118,6 +122,7 @@ class Conversations(RuleBasedStateMachine):
         priority=st.sampled_from((0, 0, 0, 1, -1)),
         deadline_s=st.sampled_from((0.0, 0.0, 3.0)),
         salt=st.sampled_from(("", "", "another tenant")),
+        exact=st.sampled_from((False, False, True)),
     )
     def a_stream_arrives(
         self,
@@ -129,6 +134,7 @@ class Conversations(RuleBasedStateMachine):
         priority: int,
         deadline_s: float,
         salt: str,
+        exact: bool,
     ) -> None:
         self.streams += 1
         text = head + "".join(chr(97 + (seed + index * index) % 26) for index in range(letters))
@@ -142,6 +148,7 @@ class Conversations(RuleBasedStateMachine):
                 priority=priority,
                 deadline_s=deadline_s,
                 salt=salt,
+                exact=exact,
             )
         )
 
@@ -233,11 +240,19 @@ class DraftedConversations(Conversations):
         self.patch.undo()
 
 
+class HurriedConversations(Conversations):
+    """Answers are continued by reading what was said, but for those that must be exact."""
+
+    fast = True
+
+
 def prompt_of(request: Generate) -> list[int]:
     return FakeSpeech().lay_out(request.items, request.release).ids
 
 
 Conversations.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 DraftedConversations.TestCase.settings = Conversations.TestCase.settings
+HurriedConversations.TestCase.settings = Conversations.TestCase.settings
 TestConversations = Conversations.TestCase
 TestDraftedConversations = DraftedConversations.TestCase
+TestHurriedConversations = HurriedConversations.TestCase
