@@ -6,8 +6,9 @@ Does not read files or the environment (`router/__main__` hands both in).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -60,7 +61,10 @@ class LinkSection(_Section, frozen=True):
 
 
 class Discovery(_Section, frozen=True):
-    """consul: its HTTP address; empty = the static list serves. advertise: host or host:port that others see."""
+    """consul: its HTTP address; empty = the static lists serve. advertise: host or host:port that others see.
+
+    routers: others, as `name=http://host:port`; one without a name is only shown to clients.
+    """
 
     consul: str = ""
     static: list[str] = []
@@ -92,9 +96,11 @@ class Limits(_Section, frozen=True):
 
 
 class SessionSection(_Section, frozen=True):
-    """orphan_grace_s: how long a stored response goes on after its last reader left."""
+    """orphan_grace_s: how long a stored response goes on after its last reader left. failover_wait_s: how long an
+    answer that has lost its node waits for another."""
 
     orphan_grace_s: Annotated[float, Meta(ge=0)] = 30.0
+    failover_wait_s: Annotated[float, Meta(ge=0, le=3600)] = 15.0
 
 
 class Key(_Section, frozen=True):
@@ -132,6 +138,46 @@ def load_config(text: str, environ: Mapping[str, str], where: str) -> Config:
     return config
 
 
+class NamedRouter(NamedTuple):
+    """A router's name and its `http://host:port`."""
+
+    name: str
+    url: str
+
+
+def named_routers(entries: Iterable[str]) -> list[NamedRouter]:
+    """Those of `[discovery] routers` that have a name, each name once; raises ConfigError for a misshapen one."""
+    found: dict[str, NamedRouter] = {}
+    for entry in entries:
+        name, equals, url = entry.partition("=")
+        if not equals or "://" in name:
+            continue
+        if not is_router_name(name) or not _is_base_url(url) or name in found:
+            sentence = f"`discovery.routers` has {entry!r}; write each router once, as name=http://host:port."
+            raise ConfigError(sentence)
+        found[name] = NamedRouter(name, url.rstrip("/"))
+    return list(found.values())
+
+
+def is_router_name(name: str) -> bool:
+    """Whether it can stand in a response's id."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in {"http", "https"}
+            and bool(parts.hostname)
+            and parts.port != 0
+            and parts.path in {"", "/"}
+            and not (parts.query or parts.fragment or parts.username)
+        )
+    except ValueError:
+        return False
+
+
 def advertised(config: Config, port: int) -> tuple[str, int]:
     """Host and port that others reach this router at; `port` is the one it listens on."""
     advertise = config.discovery.advertise
@@ -139,7 +185,7 @@ def advertised(config: Config, port: int) -> tuple[str, int]:
 
 
 def _check(config: Config) -> None:
-    if not _NAME.fullmatch(config.router.name):
+    if not is_router_name(config.router.name):
         raise ConfigError(f"`router.name` is {config.router.name!r}; use only a-z, 0-9 and `-`.")
     if bool(config.listen.tls_cert) != bool(config.listen.tls_key):
         raise ConfigError("`listen.tls_cert` and `listen.tls_key` belong together; set both or neither.")
@@ -148,6 +194,7 @@ def _check(config: Config) -> None:
     for url in config.discovery.static:
         if not url.startswith(("ws://", "wss://")):
             raise ConfigError(f"`discovery.static` has {url!r}; write ws://host:port or wss://host:port.")
+    named_routers(config.discovery.routers)
     _check_advertised(config)
     for key in config.auth.keys:
         if not _SHA256.fullmatch(key.sha256):

@@ -1,7 +1,7 @@
-"""Discovery: where the nodes are. Consul, or a list from the configuration, behind one interface.
+"""Discovery: where the nodes and the other routers are. Consul, or lists from the configuration, behind one interface.
 
-Says where nodes are, not whether they work: the link to each finds that out (`router/link.py`). The
-only module of the router that speaks to Consul; docs/decisions/051-discovery.md gives the reasons.
+Says where they are, not whether they work: whoever speaks to them finds that out (`router/link.py`, `router/peers.py`).
+The only module of the router that speaks to Consul; docs/decisions/051-discovery.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -20,12 +20,15 @@ from consul import ConsulException
 
 from core.errors import ConfigError
 from router.backoff import Backoff
+from router.config import is_router_name, named_routers
 
 log = logging.getLogger(__name__)
 
 NODE_SERVICE = "edgechat-node"
 ROUTER_SERVICE = "edgechat-router"
 LINK_PATH = "/link"
+
+A = TypeVar("A")
 
 
 class NodeAddress(msgspec.Struct, frozen=True):
@@ -39,28 +42,42 @@ class NodeAddress(msgspec.Struct, frozen=True):
     region: str
 
 
-class Registry(Protocol):
-    """Tells where nodes are, from `run` until `close`."""
+class RouterAddress(msgspec.Struct, frozen=True):
+    """Where another router takes requests, `http://host:port` or `https://...`, and the name in its responses' ids."""
 
-    async def run(self, on_nodes: Callable[[list[NodeAddress]], None]) -> None:
-        """Hand out the whole list at first and at every change; returns after `close`, may be cancelled."""
+    name: str
+    url: str
+
+
+OnNodes: TypeAlias = Callable[[list[NodeAddress]], None]
+OnRouters: TypeAlias = Callable[[list[RouterAddress]], None]
+
+
+class Registry(Protocol):
+    """Tells where nodes and other routers are, from `run` until `close`."""
+
+    async def run(self, on_nodes: OnNodes, on_routers: OnRouters) -> None:
+        """Hand out each whole list at first and at every change; returns after `close`, may be cancelled."""
 
     async def close(self) -> None:
         """End `run` and take back what was registered."""
 
 
 class StaticRegistry:
-    """A list that never changes: `[discovery] static = ["ws://127.0.0.1:8081"]`.
+    """Lists that never change: `[discovery] static = ["ws://127.0.0.1:8081"]` and the named ones of `routers`.
 
-    Raises ConfigError for an entry that is no WebSocket URL; one without a path gets `/link`.
+    own_name: this router's, which is left out, so that all routers can have the same list.
+    Raises ConfigError for a node that is no WebSocket URL; one without a path gets `/link`.
     """
 
-    def __init__(self, urls: list[str]) -> None:
-        self._addresses = [_static_address(url) for url in dict.fromkeys(urls)]
+    def __init__(self, urls: Iterable[str], routers: Iterable[str] = (), own_name: str = "") -> None:
+        self._nodes = [_static_address(url) for url in dict.fromkeys(urls)]
+        self._routers = [RouterAddress(*named) for named in named_routers(routers) if named.name != own_name]
         self._closed = asyncio.Event()
 
-    async def run(self, on_nodes: Callable[[list[NodeAddress]], None]) -> None:
-        on_nodes(self._addresses)
+    async def run(self, on_nodes: OnNodes, on_routers: OnRouters) -> None:
+        on_nodes(self._nodes)
+        on_routers(self._routers)
         await self._closed.wait()
 
     async def close(self) -> None:
@@ -110,9 +127,9 @@ _FAILURES = (aiohttp.ClientError, OSError, ConsulException, msgspec.ValidationEr
 
 
 class ConsulRegistry:
-    """Watches the nodes that pass their check, and keeps this router registered.
+    """Watches the nodes and the routers that pass their check, and keeps this router registered.
 
-    Invariant: while Consul is away the last list stands and nothing is handed out. Its loss and return
+    Invariant: while Consul is away the last lists stand and nothing is handed out. Its loss and return
     are logged once each.
 
     address: `http://host:port` or `https://...` of an agent. Raises ConfigError if it is not.
@@ -135,7 +152,7 @@ class ConsulRegistry:
         self._closed = False
         self._failing: set[str] = set()
 
-    async def run(self, on_nodes: Callable[[list[NodeAddress]], None]) -> None:
+    async def run(self, on_nodes: OnNodes, on_routers: OnRouters) -> None:
         if self._closed:
             return
         # py-consul ships no types, and opens its HTTP session where the loop runs.
@@ -143,7 +160,11 @@ class ConsulRegistry:
             _in_url(self._host), self._port, scheme=self._scheme, verify=self._scheme == "https"
         )
         async with asyncio.TaskGroup() as group:
-            self._tasks = [group.create_task(self._watch(on_nodes)), group.create_task(self._stay_registered())]
+            self._tasks = [
+                group.create_task(self._watch("nodes", NODE_SERVICE, node_addresses, on_nodes)),
+                group.create_task(self._watch("routers", ROUTER_SERVICE, self._other_routers, on_routers)),
+                group.create_task(self._stay_registered()),
+            ]
 
     async def close(self) -> None:
         self._closed = True
@@ -168,33 +189,41 @@ class ConsulRegistry:
     def _backoff(self) -> Backoff:
         return Backoff(random.random, first_s=self._timing.backoff_first_s, most_s=self._timing.backoff_most_s)
 
-    # -- the nodes -----------------------------------------------------------------------------
+    # -- what others are there -----------------------------------------------------------------
 
-    async def _watch(self, on_nodes: Callable[[list[NodeAddress]], None]) -> None:
+    async def _watch(
+        self, part: str, service: str, read: Callable[[object], list[A]], hand_out: Callable[[list[A]], None]
+    ) -> None:
+        """Hand out what `read` makes of the passing instances of a service. part: what the log calls them."""
         index, backoff = 0, self._backoff()
-        known: list[NodeAddress] | None = None
+        known: list[A] | None = None
         while True:
             try:
-                index, found = await self._query(index)
+                answered, entries = await self._query(service, index)
+                found = read(entries)
             except _FAILURES as error:
-                self._failed("nodes", error)
+                self._failed(part, error)
                 index = 0
                 await asyncio.sleep(backoff.next_delay_s())
                 continue
+            index = next_index(index, answered)
             backoff = self._backoff()
-            self._worked("nodes")
+            self._worked(part)
             if found != known:
                 known = found
-                on_nodes(found)
+                hand_out(found)
             await asyncio.sleep(self._timing.rest_s)
 
-    async def _query(self, index: int) -> tuple[int, list[NodeAddress]]:
+    async def _query(self, service: str, index: int) -> tuple[int, object]:
         """One blocking query: returns when something changed after `index`, or after `watch_s`."""
         wait_s = self._timing.watch_s
-        request = self._client.health.service(NODE_SERVICE, index=index or None, wait=f"{wait_s}s", passing=True)
+        request = self._client.health.service(service, index=index or None, wait=f"{wait_s}s", passing=True)
         # Consul lets up to a sixteenth more pass, so that its clients do not come back in step.
-        answer, entries = await self._call(request, extra_s=wait_s * 17 / 16)
-        return next_index(index, int(answer)), node_addresses(entries)
+        answered, entries = await self._call(request, extra_s=wait_s * 17 / 16)
+        return int(answered), entries
+
+    def _other_routers(self, entries: object) -> list[RouterAddress]:
+        return [router for router in router_addresses(entries) if router.name != self._router.name]
 
     # -- this router ---------------------------------------------------------------------------
 
@@ -241,7 +270,7 @@ class ConsulRegistry:
     def _failed(self, part: str, error: Exception) -> None:
         if not self._failing:
             why = str(error) or type(error).__name__
-            log.warning("Consul at %s does not answer (%s); the last known nodes stay.", self._address, why)
+            log.warning("Consul at %s does not answer (%s); the last known nodes and routers stay.", self._address, why)
         self._failing.add(part)
 
     def _worked(self, part: str) -> None:
@@ -262,6 +291,7 @@ class _Service(msgspec.Struct, frozen=True, rename="pascal"):
     address: str
     port: int
     meta: dict[str, str] | None = None
+    create_index: int = 0
 
 
 class _Entry(msgspec.Struct, frozen=True, rename="pascal"):
@@ -283,10 +313,27 @@ def node_addresses(entries: object) -> list[NodeAddress]:
     for entry in msgspec.convert(entries or [], list[_Entry]):
         meta = entry.service.meta or {}
         scheme = "wss" if meta.get("scheme") in {"wss", "https"} else "ws"
-        host = _in_url(entry.service.address or entry.node.address)
-        url = f"{scheme}://{host}:{entry.service.port}{LINK_PATH}"
+        url = f"{scheme}://{_host_and_port(entry)}{LINK_PATH}"
         found[url] = NodeAddress(url, meta.get("name", ""), meta.get("region", ""))
     return [found[url] for url in sorted(found)]
+
+
+def router_addresses(entries: object) -> list[RouterAddress]:
+    """As `node_addresses`, by name. meta: name, scheme ("http" or "https"); one without a proper name owns no response.
+
+    Where two instances have one name, the router was started anew: the one that registered last counts.
+    """
+    found: dict[str, RouterAddress] = {}
+    for entry in sorted(msgspec.convert(entries or [], list[_Entry]), key=lambda entry: entry.service.create_index):
+        meta = entry.service.meta or {}
+        name, scheme = meta.get("name", ""), "https" if meta.get("scheme") == "https" else "http"
+        if is_router_name(name):
+            found[name] = RouterAddress(name, f"{scheme}://{_host_and_port(entry)}")
+    return [found[name] for name in sorted(found)]
+
+
+def _host_and_port(entry: _Entry) -> str:
+    return f"{_in_url(entry.service.address or entry.node.address)}:{entry.service.port}"
 
 
 def _in_url(host: str) -> str:

@@ -44,6 +44,12 @@ def test_a_key_is_overridden_from_the_environment() -> None:
         (DEV + '[listen]\ntls_cert = "x.crt"\n', "tls_cert.*tls_key"),
         (DEV + '[link]\ntls_cert = "x.crt"\n', "link.tls_cert.*link.tls_key"),
         (DEV + '[discovery]\nstatic = ["http://a:1"]\n', "discovery.static.*ws://"),
+        (DEV + '[discovery]\nrouters = ["eu=10.0.0.1:8080"]\n', "discovery.routers.*name=http://host:port"),
+        (DEV + '[discovery]\nrouters = ["EU=http://a:1"]\n', "discovery.routers.*'EU=http://a:1'"),
+        (DEV + '[discovery]\nrouters = ["=http://a:1"]\n', "discovery.routers"),
+        (DEV + '[discovery]\nrouters = ["eu=http://a:1/v1"]\n', "discovery.routers"),
+        (DEV + '[discovery]\nrouters = ["eu=http://a:99999"]\n', "discovery.routers"),
+        (DEV + '[discovery]\nrouters = ["eu=http://a:1", "eu=http://b:1"]\n', "discovery.routers.*once"),
         (DEV + '[discovery]\nadvertise = "10.0.0.5:x"\n', "discovery.advertise.*host:port"),
         (
             KEYS

@@ -17,10 +17,12 @@ from router.registry import (
     ConsulRegistry,
     ConsulTiming,
     NodeAddress,
+    RouterAddress,
     RouterService,
     StaticRegistry,
     next_index,
     node_addresses,
+    router_addresses,
 )
 
 ROUTER = RouterService(name="r1", instance="abc", region="eu", host="127.0.0.1", port=8080)
@@ -80,19 +82,53 @@ def test_an_index_that_went_backwards_starts_over(before: int, answered: int, ne
     assert next_index(before, answered) == next_
 
 
-# -- the static list ---------------------------------------------------------------------------
+def router_entry(name: str, port: int, created: int = 0, **meta: str) -> dict[str, object]:
+    service = entry("10.0.0.1", port, **({"name": name} | meta))
+    service["Service"] |= {"CreateIndex": created}  # type: ignore[operator]
+    return service
+
+
+def test_routers_come_by_name_with_the_scheme_they_speak() -> None:
+    assert router_addresses([router_entry("b", 2, scheme="https"), router_entry("a", 1, scheme="http")]) == [
+        RouterAddress("a", "http://10.0.0.1:1"),
+        RouterAddress("b", "https://10.0.0.1:2"),
+    ]
+
+
+def test_of_two_instances_of_a_router_the_one_that_started_last_counts() -> None:
+    entries = [router_entry("a", 2, created=9), router_entry("a", 1, created=4)]
+    assert router_addresses(entries) == [RouterAddress("a", "http://10.0.0.1:2")]
+
+
+@pytest.mark.parametrize("name", ["", "A", "a_b", "../a", "a\n"])
+def test_a_router_whose_name_can_be_in_no_id_owns_no_response(name: str) -> None:
+    assert router_addresses([router_entry(name, 1)]) == []
+
+
+# -- the static lists --------------------------------------------------------------------------
 
 
 async def test_the_static_list_is_handed_out_once_and_stays_until_closed() -> None:
     registry = StaticRegistry(["ws://127.0.0.1:8081", "wss://a.example/other", "ws://127.0.0.1:8081"])
     lists: list[list[NodeAddress]] = []
-    running = asyncio.create_task(registry.run(lists.append))
+    running = asyncio.create_task(registry.run(lists.append, lambda _: None))
     await until(lambda: bool(lists))
     await registry.close()
     await running
     assert [[address.url for address in addresses] for addresses in lists] == [
         ["ws://127.0.0.1:8081/link", "wss://a.example/other"]
     ]
+
+
+async def test_routers_with_a_name_are_handed_out_except_this_one() -> None:
+    listed = ["eu=http://10.0.0.1:8080", "https://only-shown.example/?a=b", "us=https://us.example/", "me=http://a:1"]
+    registry = StaticRegistry([], listed, own_name="me")
+    lists: list[list[RouterAddress]] = []
+    running = asyncio.create_task(registry.run(lambda _: None, lists.append))
+    await until(lambda: bool(lists))
+    await registry.close()
+    await running
+    assert lists == [[RouterAddress("eu", "http://10.0.0.1:8080"), RouterAddress("us", "https://us.example")]]
 
 
 @pytest.mark.parametrize("url", ["http://a:1", "ws://", "127.0.0.1:8081", "ws://a:99999", "ws://a:0"])
@@ -116,6 +152,7 @@ class FakeConsul:
     def __init__(self) -> None:
         self.queries: list[tuple[str | None, str | None, str | None]] = []
         self.answers: list[tuple[int, list[dict[str, object]]]] = [(1, [])]
+        self.routers: list[dict[str, object]] = []
         self.services: dict[str, dict[str, object]] = {}
         self.registrations: list[dict[str, object]] = []
         self.broken = False
@@ -134,6 +171,12 @@ class FakeConsul:
             await asyncio.sleep(0.005)
         index, entries = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         return web.json_response(entries, headers={"X-Consul-Index": str(index)})
+
+    async def health_of_routers(self, _request: web.Request) -> web.Response:
+        if self.broken:
+            return web.Response(status=500, text="No cluster leader")
+        await asyncio.sleep(0.005)
+        return web.json_response(self.routers, headers={"X-Consul-Index": "1"})
 
     async def list(self, _request: web.Request) -> web.Response:
         if self.nonsense is not None:
@@ -156,6 +199,7 @@ class FakeConsul:
 async def fake_consul() -> AsyncIterator[tuple[FakeConsul, str]]:
     fake, app = FakeConsul(), web.Application()
     app.router.add_get("/v1/health/service/edgechat-node", fake.health)
+    app.router.add_get("/v1/health/service/edgechat-router", fake.health_of_routers)
     app.router.add_get("/v1/agent/services", fake.list)
     app.router.add_put("/v1/agent/service/register", fake.register)
     app.router.add_put("/v1/agent/service/deregister/{id}", fake.deregister)
@@ -172,7 +216,7 @@ async def fake_consul() -> AsyncIterator[tuple[FakeConsul, str]]:
 @contextlib.asynccontextmanager
 async def running(address: str) -> AsyncIterator[list[list[NodeAddress]]]:
     registry, lists = ConsulRegistry(address, ROUTER, timing=FAST), list[list[NodeAddress]]()
-    task = asyncio.create_task(registry.run(lists.append))
+    task = asyncio.create_task(registry.run(lists.append, lambda _: None))
     try:
         yield lists
     finally:
@@ -202,6 +246,21 @@ async def test_the_list_is_handed_out_at_first_and_at_every_change_only() -> Non
             await until(lambda: len(fake.queries) >= 8)
     first, second = node_addresses([one])[0], node_addresses([two])[0]
     assert lists == [[], [first], [first, second], [second]]
+
+
+async def test_other_routers_are_handed_out_as_they_come_and_go() -> None:
+    lists: list[list[RouterAddress]] = []
+    async with fake_consul() as (fake, address):
+        registry = ConsulRegistry(address, ROUTER, timing=FAST)
+        task = asyncio.create_task(registry.run(lambda _: None, lists.append))
+        await until(lambda: lists == [[]])
+        fake.routers = [router_entry("r1", 1), router_entry("r2", 2)]
+        await until(lambda: len(lists) == 2)
+        fake.routers = [router_entry("r1", 1)]
+        await until(lambda: len(lists) == 3)
+        await registry.close()
+        await task
+    assert lists == [[], [RouterAddress("r2", "http://10.0.0.1:2")], []]
 
 
 async def test_the_router_registers_with_its_check_and_deregisters_on_close() -> None:
@@ -284,8 +343,8 @@ async def test_a_consul_that_is_not_there_is_reported_once_and_nothing_is_handed
 
         registry._failed = failed  # type: ignore[method-assign]
         lists: list[list[NodeAddress]] = []
-        task = asyncio.create_task(registry.run(lists.append))
-        await until(lambda: failures.count("nodes") >= 3 and failures.count("registration") >= 3)
+        task = asyncio.create_task(registry.run(lists.append, lambda _: pytest.fail("nothing can be known")))
+        await until(lambda: all(failures.count(part) >= 3 for part in ("nodes", "routers", "registration")))
         await registry.close()
         await task
     assert lists == []
@@ -296,7 +355,7 @@ async def test_a_consul_that_is_not_there_is_reported_once_and_nothing_is_handed
 async def test_a_cancelled_run_still_deregisters_on_close() -> None:
     async with fake_consul() as (fake, address):
         registry = ConsulRegistry(address, ROUTER, timing=FAST)
-        task = asyncio.create_task(registry.run(lambda _: None))
+        task = asyncio.create_task(registry.run(lambda _: None, lambda _: None))
         await until(lambda: bool(fake.services))
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -308,7 +367,7 @@ async def test_a_cancelled_run_still_deregisters_on_close() -> None:
 async def test_closed_before_it_ever_ran_it_does_not_run() -> None:
     registry = ConsulRegistry("http://127.0.0.1:1", ROUTER, timing=FAST)
     await registry.close()
-    await registry.run(lambda _: pytest.fail("nothing can be known"))
+    await registry.run(*[lambda _: pytest.fail("nothing can be known")] * 2)
 
 
 @pytest.mark.parametrize("address", ["https://127.0.0.1:1", "http://[::1]:1", "https://localhost:1"])

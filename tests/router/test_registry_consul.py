@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from router.registry import ConsulRegistry, ConsulTiming, NodeAddress, RouterService
+from router.registry import ConsulRegistry, ConsulTiming, NodeAddress, RouterAddress, RouterService
 
 pytestmark = pytest.mark.e2e
 
@@ -83,6 +83,20 @@ class Agent:
             },
         )
 
+    async def add_router(self, name: str, port: int, status: str) -> None:
+        await self.call(
+            "PUT",
+            "/v1/agent/service/register",
+            {
+                "Name": "edgechat-router",
+                "ID": f"edgechat-router-{name}-{port}",
+                "Address": "127.0.0.1",
+                "Port": port,
+                "Meta": {"name": name, "instance": str(port), "region": "eu", "scheme": "http"},
+                "Check": {"CheckID": f"check-{port}", "TTL": "1h", "Status": status},
+            },
+        )
+
     async def routers(self) -> set[str]:
         services = await self.call("GET", "/v1/agent/services")
         return {key for key, service in services.items() if service["Service"] == "edgechat-router"}
@@ -98,7 +112,7 @@ def agent(consul_binary: Path) -> Iterator[Agent]:
 @contextlib.asynccontextmanager
 async def running(agent: Agent) -> AsyncIterator[list[list[NodeAddress]]]:
     registry, lists = ConsulRegistry(agent.address, ROUTER, timing=TIMING), list[list[NodeAddress]]()
-    task = asyncio.create_task(registry.run(lists.append))
+    task = asyncio.create_task(registry.run(lists.append, lambda _: None))
     try:
         yield lists
     finally:
@@ -134,6 +148,35 @@ async def test_nodes_that_pass_are_found_and_critical_ones_dropped(agent: Agent)
         mine = next(check for check in checks.values() if check["ServiceID"] == ROUTER.id)
         assert mine["Type"] == "http"
     assert await agent.routers() == set(), "deregistered on close"
+
+
+async def test_other_routers_that_pass_are_found_by_name_and_this_one_is_not_among_them(agent: Agent) -> None:
+    await agent.start()
+    await agent.add_router("r1", 8080, "passing")  # by its name, it is this one
+    await agent.add_router("r2", 8082, "passing")
+    await agent.add_router("r3", 8083, "critical")
+    registry, lists = ConsulRegistry(agent.address, ROUTER, timing=TIMING), list[list[RouterAddress]]()
+    task = asyncio.create_task(registry.run(lambda _: None, lists.append))
+
+    async def now(*routers: RouterAddress) -> None:
+        async def reached() -> bool:
+            return bool(lists) and lists[-1] == list(routers)
+
+        await until(reached)
+
+    second, third = RouterAddress("r2", "http://127.0.0.1:8082"), RouterAddress("r3", "http://127.0.0.1:8083")
+    anew = RouterAddress("r2", "http://127.0.0.1:8092")
+    await now(second)
+    await agent.call("PUT", "/v1/agent/check/pass/check-8083")
+    await now(second, third)
+    await agent.add_router("r2", 8092, "passing")  # started anew elsewhere, and the old one not yet thrown out
+    await now(anew, third)
+    await agent.call("PUT", "/v1/agent/check/fail/check-8092")
+    await now(second, third)
+    await agent.call("PUT", "/v1/agent/service/deregister/edgechat-router-r3-8083")
+    await now(second)
+    await registry.close()
+    await task
 
 
 async def test_a_killed_consul_that_comes_back_empty_heals(agent: Agent, caplog: pytest.LogCaptureFixture) -> None:
