@@ -5,11 +5,10 @@ The one place where a response's id and seed are made. Does not know the dialect
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import cache
+from typing import TypeAlias
 
 import msgspec
 
@@ -22,7 +21,7 @@ from router.fleet import Fleet
 from router.journal import StoredResponse
 from router.policy import choose
 from router.session import Instant
-from router.sessions import Reader, Running, Sessions, Shelf
+from router.sessions import Reader, Running, Sessions
 from router.terms import priority
 
 MAX_TURNS = 1000
@@ -30,25 +29,29 @@ MAX_TURNS = 1000
 MAX_HISTORY_CHARACTERS = 8 * 1024 * 1024
 
 
+Recall: TypeAlias = Callable[[str, str], Awaitable[StoredResponse | None]]
+"""(tenant, response id) -> that finished response, wherever it is kept."""
+
+
 class Dispatcher:
-    """link_secret: keys the nodes' prefix stores per tenant; the same on every router."""
+    """salt_of: as for `Sessions`."""
 
     def __init__(
         self,
         name: str,
-        link_secret: str,
         fleet: Fleet,
         sessions: Sessions,
-        store: Shelf,
+        recall: Recall,
         now: Callable[[], Instant],
+        salt_of: Callable[[str], str],
     ) -> None:
         self.draining = False
         self._name = name
-        self._link_secret = link_secret.encode()
         self._fleet = fleet
         self._sessions = sessions
-        self._store = store
+        self._recall = recall
         self._now = now
+        self._salt_of = salt_of
 
     async def begin(
         self, tenant: str, call: Call, reader: Reader, kept: Mapping[str, StoredResponse] | None = None
@@ -73,7 +76,7 @@ class Dispatcher:
                 f"The conversation has {len(items)} items, at most {MAX_ITEMS} are taken.", param="input"
             )
         # From the choice to its dispatch nothing is awaited: what was chosen is still true.
-        salt = self._salt(tenant)
+        salt = self._salt_of(tenant)
         keys_under = cache(lambda release: prefix_keys(items, release, salt))
         choice = choose(
             self._fleet.ready(self._now().mono_s),
@@ -86,8 +89,7 @@ class Dispatcher:
         record = self._record(tenant, call, choice.release)
         if not call.generate:
             return self._sessions.warm_up(record, reader)
-        keys = keys_under(choice.release)
-        return self._sessions.start(record, items, choice.node.url, reader, arrived_at_s, salt, keys)
+        return self._sessions.start(record, items, choice, reader, arrived_at_s, keys_under(choice.release))
 
     def _record(self, tenant: str, call: Call, release: str) -> RequestRecord:
         return RequestRecord(
@@ -99,15 +101,12 @@ class Dispatcher:
             request=call.request,
         )
 
-    def _salt(self, tenant: str) -> str:
-        return hmac.new(self._link_secret, tenant.encode(), hashlib.sha256).hexdigest()
-
     async def _history(self, tenant: str, response_id: str | None, kept: Mapping[str, StoredResponse]) -> list[Item]:
         """Everything said up to and including `response_id`; instructions are not part of it."""
         turns: list[list[Item]] = []
         characters = 0
         while response_id is not None:
-            past = kept.get(response_id) or await self._store.get(tenant, response_id)
+            past = kept.get(response_id) or await self._recall(tenant, response_id)
             if past is None:
                 raise PreviousResponseNotFound(response_id)
             if len(turns) == MAX_TURNS:

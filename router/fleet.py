@@ -93,6 +93,15 @@ class Node:
             return "draining"
         return self.status.state
 
+    @property
+    def life(self) -> tuple[str, int]:
+        """Which run of the node and of its engine this is; (instance, 0) while the engine is not known."""
+        return self.hello.instance, self.status.engine_pid if self.status else 0
+
+    def variant_of(self, release: str) -> str:
+        """The recipe of a release that it serves."""
+        return dict(zip(self.hello.releases, self.hello.variants, strict=False)).get(release, "")
+
     def release_for(self, model: str) -> str | None:
         """The release that serves `model`: an alias, or a release named in full."""
         return next((r for r in self.hello.releases if model in (r, model_of(r))), None)
@@ -166,6 +175,10 @@ class Fleet:
         """Nodes that must not keep a stream although their link is up."""
         keeps: set[State] = {"ready", "draining"}
         return {url for url, node in self.nodes.items() if node.state(now_s) not in keeps}
+
+    def leaving(self, now_s: float) -> set[str]:
+        """Nodes that go on with what they have, and want to be rid of it."""
+        return {url for url, node in self.nodes.items() if node.state(now_s) == "draining"}
 
     def models(self) -> list[str]:
         """Aliases of every release that some node has announced, ready or not."""

@@ -15,7 +15,15 @@ class Metrics:
         self.responses = self._counter("responses", "Responses that ended, by status", ["status"])
         self.output_tokens = self._counter("output_tokens", "Output ids delivered")
         self.dropped_frames = self._counter("dropped_frames", "Frames of dead epochs or unknown streams")
-        self.moved_streams = self._counter("moved_streams", "Streams taken from a node that was lost or not trusted")
+        self.moved_streams = self._counter(
+            "moved_streams",
+            "Streams taken from a node that was lost or not trusted (failover), or drains (handoff)",
+            ["kind"],
+        )
+        self.crossed_variants = self._counter("crossed_variants", "Streams that went on with another variant")
+        self.adopted = self._counter("adopted", "Responses taken over from another router or an earlier life")
+        self.resumed = self._counter("resumed", "Readers that came back to a response")
+        self.store_failures = self._counter("store_failures", "Batches that the store did not take")
         self.slow_readers = self._counter("slow_readers", "Connections closed because they read too slowly")
         self.stalled = self._counter("stalled_connections", "Connections closed because nothing was asked or taken")
         self.refusals = self._counter("refusals", "Requests refused, by code", ["code"])

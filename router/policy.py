@@ -24,6 +24,10 @@ class Choice(NamedTuple):
     node: Node
     release: str
 
+    @property
+    def variant(self) -> str:
+        return self.node.variant_of(self.release)
+
 
 def no_keys(release: str) -> Sequence[str]:
     """The `PrefixKeys` of a conversation of which nothing is known."""
@@ -36,10 +40,15 @@ def choose(
     exclude: Collection[str] = (),
     prefix_keys: PrefixKeys = no_keys,
     yields: bool = False,
+    variant: str = "",
+    context_tokens: int = 0,
+    promised: bool = False,
 ) -> Choice | None:
     """The node for a request of `model` (an alias, or a release named in full), or None.
 
     yields: the request gives way to all others, so it gets a free slot or nothing, and others do not see it.
+    variant: what an answer was begun with; another one only if none of it can be had. context_tokens: the least
+    that the node must hold. promised: it has been accepted once, so no line is too long for it.
 
     Free nodes come first: nearest, then the one whose prefix store holds most of the conversation,
     then emptiest, then by url. If all are full: the least loaded, while its line is short; what a node
@@ -48,15 +57,22 @@ def choose(
     able = [
         Choice(node, release)
         for node in ready
-        if node.url not in exclude and (release := node.release_for(model)) is not None
+        if node.url not in exclude
+        and node.hello.context_tokens >= context_tokens
+        and (release := node.release_for(model)) is not None
     ]
+    line_per_slot = 0.0 if yields else float("inf") if promised else 1.0 + SHORT_LINE_PER_SLOT
+    alike = [choice for choice in able if choice.variant == variant]
+    return _of(alike, prefix_keys, line_per_slot) or _of(able, prefix_keys, line_per_slot)
+
+
+def _of(able: list[Choice], prefix_keys: PrefixKeys, line_per_slot: float) -> Choice | None:
     free = [choice for choice in able if choice.node.occupied < choice.node.slots]
     if free:
         reach_s = min(_rtt_s(choice) for choice in free) + EQUALLY_NEAR_S
         near = [choice for choice in free if _rtt_s(choice) <= reach_s]
         # With one node to take there is nothing to ask.
         return near[0] if len(near) == 1 else min(near, key=lambda choice: _strangeness(choice, prefix_keys))
-    line_per_slot = 0 if yields else 1 + SHORT_LINE_PER_SLOT
     queueing = [choice for choice in able if choice.node.pressing < choice.node.slots * line_per_slot]
     return min(queueing, key=_crowding, default=None)
 

@@ -11,11 +11,10 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from aiohttp import web
 
-from core.errors import ConfigError
+from core.errors import ConfigError, StoreUnavailable
 from core.frames import PROTOCOL, Hello
 from router.auth import Keyring
 from router.config import Config, LinkSection, Listen, advertised
@@ -24,12 +23,16 @@ from router.fleet import STATUS_PERIOD_S, Fleet
 from router.http.app import make_app
 from router.http.context import Context
 from router.http.websocket import DRAIN_CODE
+from router.journal import LEASE_S, Store
+from router.keeper import Keeper
 from router.link import LinkEvent, LinkPool
 from router.metrics import Metrics
+from router.peers import Peers
 from router.registry import ConsulRegistry, Registry, RouterService, StaticRegistry
+from router.salts import salts
 from router.session import Instant
-from router.sessions import AnyStore, Links, Sessions, Shelf
-from router.store.sqlite import ResponseStore
+from router.sessions import Links, Sessions
+from router.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +46,22 @@ def now() -> Instant:
 
 
 def make_context(
-    config: Config, secret: str, links: Links, store: AnyStore, clock: Callable[[], Instant] = now
+    config: Config, secret: str, links: Links, store: Store, clock: Callable[[], Instant] = now
 ) -> Context:
     """Tie the parts together; `links`, `store` and `clock` may be fakes."""
-    fleet, metrics, shelf = Fleet(), Metrics(), Shelf(store)
-    sessions = Sessions(links, fleet, shelf, metrics, clock, orphan_grace_s=config.session.orphan_grace_s)
-    dispatcher = Dispatcher(config.router.name, secret, fleet, sessions, shelf, clock)
+    fleet, metrics, shelf, salt_of = Fleet(), Metrics(), Shelf(store), salts(secret)
+    keeper = Keeper(store, metrics.store_failures.inc)
+    sessions = Sessions(
+        links,
+        fleet,
+        keeper.journal,
+        metrics,
+        clock,
+        orphan_grace_s=config.session.orphan_grace_s,
+        failover_wait_s=config.session.failover_wait_s,
+        salt_of=salt_of,
+    )
+    dispatcher = Dispatcher(config.router.name, fleet, sessions, shelf.get, clock, salt_of)
     return Context(
         config=config,
         keyring=Keyring(config.auth),
@@ -56,6 +69,8 @@ def make_context(
         sessions=sessions,
         dispatcher=dispatcher,
         store=shelf,
+        keeper=keeper,
+        routers=Peers(secret, link_tls(config.link)),
         metrics=metrics,
         now=clock,
     )
@@ -76,17 +91,23 @@ async def run(config: Config, secret: str) -> None:
 @asynccontextmanager
 async def serving(config: Config, secret: str) -> AsyncIterator[int]:
     """A router from its first to its last connection; yields the port that was bound."""
-    store = await ResponseStore.open(Path(config.store.path))
     instance = secrets.token_hex(4)
+    from router.store.opening import open_store
+
+    store = await open_store(config.store, config.router.name, instance)
     hello = Hello(PROTOCOL, config.router.name, instance, config.router.region)
     links = LinkPool(hello, secret, lambda event: _hand_on(context, event), ssl_context=link_tls(config.link))
     context = make_context(config, secret, links, store)
+    held, adopt = context.sessions.__contains__, context.sessions.adopt
     try:
+        # What an earlier life was answering is in the table before its clients can ask for it.
+        await context.keeper.look_once(held, adopt)
         async with listening(context) as port:
             registry = make_registry(config, instance, port)
             tasks = [
-                asyncio.create_task(registry.run(links.set_addresses), name="discovery"),
+                asyncio.create_task(registry.run(links.set_addresses, context.routers.set_addresses), name="discovery"),
                 asyncio.create_task(_tick(context), name="tick"),
+                asyncio.create_task(context.keeper.keep(held, adopt), name="keeper"),
             ]
             try:
                 yield port
@@ -97,8 +118,17 @@ async def serving(config: Config, secret: str) -> AsyncIterator[int]:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
     finally:
+        await context.routers.close()
         await links.close()
+        await _let_go(store)
         await store.close()
+
+
+async def _let_go(store: Store) -> None:
+    try:
+        await store.release()
+    except StoreUnavailable as error:
+        log.warning("%s What this router was answering is free in %g s.", error.message, LEASE_S)
 
 
 @asynccontextmanager
@@ -126,7 +156,8 @@ async def listening(context: Context) -> AsyncIterator[int]:
         await site.stop()
         for peer in list(context.peers):
             await peer.close(DRAIN_CODE)
-        await context.sessions.close()
+        context.sessions.suspend()
+        await context.keeper.drain()
     finally:
         await runner.cleanup()
 
@@ -135,7 +166,7 @@ def make_registry(config: Config, instance: str, port: int) -> Registry:
     """Consul when it is configured, else the static list; raises ConfigError."""
     discovery = config.discovery
     if not discovery.consul:
-        return StaticRegistry(discovery.static)
+        return StaticRegistry(discovery.static, discovery.routers, config.router.name)
     host, advertised_port = advertised(config, port)
     service = RouterService(
         name=config.router.name,

@@ -1,34 +1,41 @@
 """The session: the state machine of one response, from dispatch to its terminal event.
 
-    waiting --assign(node)--> streaming --Done/Failed/cancel/lost--> ended
-       ^                          |
-       +---- node lost, epoch+1 --+
+    placed --node lost, drained or not trusted--> looking for a node --assign--> placed, epoch + 1 --> ... --> ended
 
 A response is promised when a node has first said anything about it: until then a refusal (too long, no room, no node)
-is an error and no response, whatever the client speaks.
+is an error and no response, whatever the client speaks. What was promised waits for a node if there is none.
 
 Events and an `Instant` go in, effects come out; the caller carries them out in order. Does not know
 sockets, the store, how a node is chosen or what clients speak (`router/api` translates the events).
 
 Fencing: every frame names its epoch; frames of another epoch, or after the end, are dropped and counted.
 Order: a row's `seq` must be the number of ids already taken; ids seen before are dropped, a gap is an error.
+Write ahead: of a stored response nothing is delivered before what it follows from is written.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import msgspec
 
 from core.conversation import Item
-from core.errors import DeadlineExceeded, EdgechatError, NodeLost, NoNodeAvailable
+from core.errors import DeadlineExceeded, EdgechatError, NodeLost, NoNodeAvailable, PoisonedRequest
 from core.frames import Cancel, Delta, Done, Failed, Generate, Progress, Row, Started, Usage
-from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog
+from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog, replay
 from router import terms
-from router.errors import Draining
+from router.errors import Draining, ResponseMoved
+from router.journal import Began, Dropped, Ended, Entry, Outcome, Placed, Read, Said, StoredResponse, Unfinished
+from router.journal import store_failure as unwritable
 
-MAX_DISPATCHES = 3
+MAX_UNPROMISED_DISPATCHES = 3
+"""Nodes that are asked to accept a request; then its client may as well come back later."""
+MAX_FRUITLESS_LOSSES = 5
+"""Nodes lost in a row without one new id: whatever the reason, it follows this request."""
+MAX_CRASHES = 2
+"""Engines that a request may have died under it."""
 NOT_HERE = frozenset({"overloaded", "draining", "model_not_found"})
 """Why a node sends a stream elsewhere before it has done anything for it."""
 
@@ -50,11 +57,30 @@ class SendNode(msgspec.Struct, frozen=True):
     frame: Generate | Cancel
 
 
+class Place(NamedTuple):
+    """A node that was chosen; variant: the recipe it would answer with."""
+
+    node: str
+    variant: str
+    context_tokens: int
+
+
 class NeedNode(msgspec.Struct, frozen=True):
-    """Choose a node that serves `release`, none of `exclude`; answer with `assign`."""
+    """Choose a node that serves `release`, none of `exclude`; answer with `assign`.
+
+    variant: what the answer was begun with, preferred; "" = none yet. context_tokens: the least the node must hold.
+    """
 
     release: str
     exclude: frozenset[str]
+    variant: str = ""
+    context_tokens: int = 0
+
+
+class Write(msgspec.Struct, frozen=True):
+    """Have `entry` written down; answer with `on_written`, in the order of the writes."""
+
+    entry: Entry
 
 
 class Deliver(msgspec.Struct, frozen=True):
@@ -77,31 +103,29 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """The session is over; keep it if the request said `store`, then forget the session."""
+    """The session is over, and so is the response."""
 
-    record: RequestRecord
-    ids: list[int]
-    deltas: list[list[Delta]]
-    end: EndRecord
+    response: StoredResponse
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """The session is over before anything was promised: there is an error, and no response to keep."""
+    """The session is over without an end of the response: it was not promised, or goes on elsewhere or later."""
 
     failure: Failure
 
 
-Effect: TypeAlias = SendNode | NeedNode | Deliver | Serving | Reading | Finished | Refused
+Effect: TypeAlias = SendNode | NeedNode | Write | Deliver | Serving | Reading | Finished | Refused
 NodeFrame: TypeAlias = Started | Progress | Row | Done | Failed
 
 
 class Session:
-    """Invariants: at most one node is responsible at a time, under the current `epoch`; every id in
-    `ids` has been turned into events exactly once; exactly one `Finished` or `Refused` is ever returned, last.
+    """Invariants: at most one node is responsible at a time, under the current `epoch`; every id in `ids` is turned
+    into events exactly once; exactly one `Finished` or `Refused` is ever returned, last.
 
     items: the whole conversation to be rendered, instructions and history included.
     prefix_keys: `core.conversation.prefix_keys` of them.
     orphan_grace_s: how long a stored response goes on without a reader.
+    failover_wait_s: how long one that was promised waits for a node.
     name_of: what people call a node; its key here is its address, which is not for clients.
     """
 
@@ -112,6 +136,7 @@ class Session:
         *,
         cache_salt: str,
         orphan_grace_s: float,
+        failover_wait_s: float,
         prefix_keys: Sequence[str] = (),
         name_of: Callable[[str], str] = str,
     ) -> None:
@@ -123,59 +148,109 @@ class Session:
         self.deltas: list[list[Delta]] = []
         self.epoch = 0
         self.node: str | None = None
+        self.placed: Placed | None = None
         self.dropped_frames = 0
-        self.input_tokens = 0
-        self.cached_tokens = 0
-        self.dropped_items = 0
+        self.ended = False
         self._cache_salt = cache_salt
         self._orphan_grace_s = orphan_grace_s
+        self._failover_wait_s = failover_wait_s
         self._name_of = name_of
-        self._excluded: set[str] = set()
-        self._moved_because: Failure | None = None
-        self.ended = False
+        self._first_epoch = 0
+        self._place: Place | None = None
+        self._reading: Reading | None = None
+        self._promised = False
         self._opened = False
+        self._told = 0
+        self._over = False
+        self._end: EndRecord | None = None
+        self._unwritten: deque[Entry] = deque()
+        self._lost: set[str] = set()
+        self._refusing: set[str] = set()
+        self._moved_because: Failure | None = None
+        self._homeless_at_s: float | None = None
+        self._fruitless_losses = 0
+        self._crashes = 0
         self._arrived_at_s = 0.0
         self._readers = 1
         self._orphaned_at_s: float | None = None
 
-    @property
-    def wake_at_s(self) -> float | None:
-        """When (monotonic) `on_time` must be called, or None."""
-        if self.ended or self._orphaned_at_s is None:
-            return None
-        return self._orphaned_at_s + self._orphan_grace_s
+    # -- beginnings ----------------------------------------------------------------------------
 
-    # -- dispatch ------------------------------------------------------------------------------
-
-    def start(self, node: str, now: Instant, arrived_at_s: float) -> list[Effect]:
+    def start(self, place: Place, now: Instant, arrived_at_s: float) -> list[Effect]:
         """Begin on a node; its first word opens the log. arrived_at_s: from when (monotonic) the deadline counts."""
         self._arrived_at_s = arrived_at_s
-        return self.assign(node, now)
+        return self.assign(place, now)
 
     def warm_up(self, now: Instant) -> list[Effect]:
         """Answer with nothing, without a node: the id can be continued from."""
-        self._opened = True
-        end = EndRecord(status="completed", completed_at=now.unix_s, usage=Usage(0, 0, 0))
-        return [Deliver(self.log.open()), *self._end(end)]
+        self._promised = True
+        return self._finish(EndRecord(status="completed", completed_at=now.unix_s, usage=Usage(0, 0, 0)))
 
-    def assign(self, node: str | None, now: Instant) -> list[Effect]:
-        """The answer to `NeedNode`; None = there is none, which ends the response retryably."""
+    def resume(self, begun: Unfinished, now: Instant) -> list[Effect]:
+        """Go on with what another router, or another life of this one, has written down; nobody reads it yet."""
+        self._first_epoch = self.epoch = begun.epoch
+        self.placed = begun.placed
+        self.ids, self.deltas, self._told = list(begun.ids), list(begun.deltas), len(begun.ids)
+        self._promised = self._opened = True
+        self.log.open()
+        self.log.extend(begun.deltas)
+        # All that is left of the arrival is its date; a clock that was set back gives no more time than there was.
+        self._arrived_at_s = now.mono_s - max(0, now.unix_s - self.record.created_at)
+        self._readers, self._orphaned_at_s = 0, now.mono_s
+        self._homeless_at_s = now.mono_s
+        return [self._need()]
+
+    # -- where it is answered ------------------------------------------------------------------
+
+    @property
+    def homeless(self) -> bool:
+        """Whether it waits for a node."""
+        return self.node is None and not self.ended
+
+    @property
+    def promised(self) -> bool:
+        """Whether a node has accepted it, so that its client may expect an answer."""
+        return self._promised
+
+    def assign(self, place: Place | None, now: Instant) -> list[Effect]:
+        """The answer to `NeedNode`; None = there is none at present."""
         if self.ended:
             return []
-        if node is None:
-            return self._fail(self._moved_because or _failure(NoNodeAvailable(self.record.request.model)), now)
+        if place is None:
+            return self._wait(now)
         left_s = self._time_left_s(now)
         if left_s is not None and left_s <= 0:
             return self._fail(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
-        self.node = node
+        self.node, self._place = place.node, place
         self.epoch += 1
-        return [SendNode(node, self._generate(left_s or 0.0)), *([Serving(node)] if self._opened else [])]
+        return [SendNode(place.node, self._generate(left_s or 0.0)), *self._serving()]
+
+    def _wait(self, now: Instant) -> list[Effect]:
+        because = self._moved_because or _failure(NoNodeAvailable(self.record.request.model))
+        if not self._promised:
+            return self._fail(because, now)
+        if self._homeless_at_s is None:
+            self._homeless_at_s = now.mono_s
+        left_s = self._time_left_s(now)
+        if left_s is not None and left_s <= 0:
+            return self._fail(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
+        return self._fail(because, now) if now.mono_s - self._homeless_at_s >= self._failover_wait_s else []
 
     def on_node_lost(self, node: str, now: Instant) -> list[Effect]:
-        """The link of `node` broke or its engine died under this stream: another node continues by ids."""
+        """The link of `node` broke or its engine is gone under this stream: another node continues by ids."""
         if self.ended or node != self.node:
             return []
-        return self._move(node, _failure(NodeLost(self._name_of(node))), now)
+        self._lost.add(node)
+        self._fruitless_losses += 1
+        because = _failure(NodeLost(self._name_of(node)))
+        if self._fruitless_losses >= MAX_FRUITLESS_LOSSES:
+            self.node = None
+            return self._fail(because, now)
+        return self._move(because, now)
+
+    def on_node_renewed(self, node: str) -> None:
+        """The node has said Hello again, or has a new engine: what was lost with the old one is no argument."""
+        self._lost.discard(node)
 
     def on_suspicion(self, able: Callable[[NeedNode], bool], now: Instant) -> list[Effect]:
         """The link of the node is up, but it cannot be trusted: move if that helps, else wait for it.
@@ -189,18 +264,32 @@ class Session:
         left_s = self._time_left_s(now)
         if left_s is not None and left_s <= 0:
             return self._fail(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
-        elsewhere = NeedNode(self.record.release, frozenset({*self._excluded, node}))
-        if self.epoch >= MAX_DISPATCHES or not able(elsewhere):
-            return []
-        return [*self._stop_node(), *self.on_node_lost(node, now)]
+        return self._leave(node, able, now)
 
-    def _move(self, node: str, because: Failure, now: Instant) -> list[Effect]:
+    def on_drain(self, able: Callable[[NeedNode], bool], now: Instant) -> list[Effect]:
+        """The node wants to stop: hand the stream over as soon as somebody can take it."""
+        return [] if self.ended or self.node is None else self._leave(self.node, able, now)
+
+    def _leave(self, node: str, able: Callable[[NeedNode], bool], now: Instant) -> list[Effect]:
+        if not able(self._need(besides=node)):
+            return []
+        stopped = self._stop_node()
+        self._refusing.add(node)
+        return [*stopped, *self._move(_failure(NodeLost(self._name_of(node))), now)]
+
+    def _move(self, because: Failure, now: Instant) -> list[Effect]:
         self.node = None
         self._moved_because = because
-        self._excluded.add(node)
-        if self.epoch >= MAX_DISPATCHES:
+        if self._promised and self._homeless_at_s is None:
+            self._homeless_at_s = now.mono_s
+        if not self._promised and self.epoch >= MAX_UNPROMISED_DISPATCHES:
             return self._fail(because, now)
-        return [NeedNode(self.record.release, frozenset(self._excluded))]
+        return [self._need()]
+
+    def _need(self, besides: str = "") -> NeedNode:
+        exclude = self._lost | self._refusing | ({besides} if besides else set())
+        variant, context_tokens = (self.placed.variant, self.placed.context_tokens) if self.placed else ("", 0)
+        return NeedNode(self.record.release, frozenset(exclude), variant, context_tokens)
 
     def _time_left_s(self, now: Instant) -> float | None:
         """Until the request's deadline; None if it has none."""
@@ -224,7 +313,8 @@ class Session:
             format=terms.answer_format(request),
             effort=terms.effort(request),
             truncation=request.truncation,
-            dropped_items=self.dropped_items,
+            # Later epochs must cut the conversation where the first did, or the ids would not fit the prompt.
+            dropped_items=self.placed.dropped_items if self.placed else 0,
             priority=terms.priority(request),
             cache_salt=self._cache_salt,
             prefix_keys=list(self.prefix_keys),
@@ -241,27 +331,35 @@ class Session:
             return []
         if isinstance(frame, Failed):
             return self._on_failed(node, frame, now)
-        return [*self._open(node), *self._on_word(frame, now)]
+        self._homeless_at_s = None
+        return [*self._promise(), *self._on_word(frame, now)]
 
-    def _open(self, node: str) -> list[Effect]:
-        if self._opened:
+    def _promise(self) -> list[Effect]:
+        if self._promised:
             return []
-        self._opened = True
-        return [Deliver(self.log.open()), Serving(node)]
+        self._promised = True
+        return self._put(Began(Unfinished(self.record, self.items, self._first_epoch)))
 
     def _on_word(self, frame: Started | Progress | Row | Done, now: Instant) -> list[Effect]:
         match frame:
             case Started():
-                self.input_tokens, self.cached_tokens = frame.input_tokens, frame.cached_tokens
-                # Later epochs must cut the conversation where the first did, or the ids would not fit the prompt.
-                self.dropped_items = frame.dropped_items
-                return []
+                return self._on_started(frame)
             case Progress():
-                return [Reading(frame.computed, frame.total)]
+                self._reading = Reading(frame.computed, frame.total)
+                return [self._reading] if self._opened else []
             case Row():
                 return self._on_row(frame, now)
             case Done():
                 return self._on_done(frame, now)
+
+    def _on_started(self, started: Started) -> list[Effect]:
+        if self.placed is not None or self._place is None:
+            return []
+        room = min(started.input_tokens + self.record.request.max_output_tokens, self._place.context_tokens)
+        self.placed = Placed(
+            started.input_tokens, started.cached_tokens, started.dropped_items, self._place.variant, room
+        )
+        return self._put(Read(self.record.id, self.placed))
 
     def _on_row(self, row: Row, now: Instant) -> list[Effect]:
         known = len(self.ids) - row.seq
@@ -272,10 +370,12 @@ class Session:
         ids, deltas = row.ids[known:], row.deltas[known:]
         if not ids:
             return []
+        said = Said(self.record.id, len(self.ids), ids, deltas)
         self.ids.extend(ids)
         self.deltas.extend(deltas)
-        events = self.log.extend(deltas)
-        return [Deliver(events)] if events else []
+        self._refusing.clear()
+        self._fruitless_losses = 0
+        return self._put(said)
 
     def _on_done(self, done: Done, now: Instant) -> list[Effect]:
         match done.finish:
@@ -286,27 +386,35 @@ class Session:
                 end = EndRecord(status="incomplete", completed_at=now.unix_s, reason=reason, usage=done.usage)
             case "cancelled":
                 end = EndRecord(status="cancelled", completed_at=now.unix_s, usage=done.usage)
-        return self._end(end)
+        return self._finish(end)
 
     def _on_failed(self, node: str, failed: Failed, now: Instant) -> list[Effect]:
-        if failed.retryable and failed.code == "engine_lost":
-            return self.on_node_lost(node, now)
-        if failed.code == DeadlineExceeded.code:
-            # A node that went on with the answer knows only the rest of its time.
-            return self._end_failed(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
+        match failed.code:
+            case "engine_lost" if failed.retryable:
+                self._crashes += 1
+                if self._crashes >= MAX_CRASHES:
+                    return self._finish_failed(_failure(PoisonedRequest()), now)
+                return self.on_node_lost(node, now)
+            case "engine_stalled" if failed.retryable:
+                return self.on_node_lost(node, now)
+            case DeadlineExceeded.code:
+                # A node that went on with the answer knows only the rest of its time.
+                return self._finish_failed(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
         failure = Failure(failed.code, failed.message, failed.retryable, failed.param)
         if failed.retryable and failed.code in NOT_HERE:
-            return self._move(node, failure, now)
-        return self._end_failed(failure, now)
+            self._refusing.add(node)
+            return self._move(failure, now)
+        return self._finish_failed(failure, now)
 
     # -- what the client does ------------------------------------------------------------------
 
-    def on_cancel(self, now: Instant) -> list[Effect]:
-        """The client wants no more: what there is stays, the status is `cancelled`."""
+    def on_cancel(self, now: Instant, *, keep: bool = True) -> list[Effect]:
+        """The client wants no more: what there is stays, the status is `cancelled`. keep=False: nothing stays."""
         if self.ended:
             return []
         stop = self._stop_node()
-        return [*stop, *self._end(EndRecord(status="cancelled", completed_at=now.unix_s, usage=self._usage()))]
+        end = EndRecord(status="cancelled", completed_at=now.unix_s, usage=self._usage())
+        return [*stop, *self._finish(end, keep=keep)]
 
     def on_reader_joined(self) -> None:
         self._readers += 1
@@ -322,12 +430,99 @@ class Session:
         self._orphaned_at_s = now.mono_s
         return []
 
+    def told(self) -> list[Event]:
+        """The log as far as it was delivered."""
+        return replay(self.record, self.deltas[: self._told], None) if self._opened else []
+
+    # -- the clock -----------------------------------------------------------------------------
+
+    @property
+    def wake_at_s(self) -> float | None:
+        """When (monotonic) something ends at the latest unless it changes, or None."""
+        if self.ended:
+            return None
+        ends_s: list[float] = []
+        if self._orphaned_at_s is not None:
+            ends_s.append(self._orphaned_at_s + self._orphan_grace_s)
+        if self.homeless and self._homeless_at_s is not None:
+            ends_s.append(self._homeless_at_s + self._failover_wait_s)
+        return min(ends_s, default=None)
+
     def on_time(self, now: Instant) -> list[Effect]:
-        """Call when `wake_at_s` has come."""
-        wake_at_s = self.wake_at_s
-        if wake_at_s is None or now.mono_s < wake_at_s:
+        """Call a few times a second: orphans end, and who waits for a node asks again."""
+        if self.ended:
             return []
-        return self.on_cancel(now)
+        if self._orphaned_at_s is not None and now.mono_s >= self._orphaned_at_s + self._orphan_grace_s:
+            return self.on_cancel(now)
+        return self.on_chance()
+
+    def on_chance(self) -> list[Effect]:
+        """There may be a node now that there was none before: who waits for one asks again, also those that refused."""
+        if not self.homeless:
+            return []
+        self._refusing.clear()
+        return [self._need()]
+
+    # -- what is written -----------------------------------------------------------------------
+
+    def on_written(self, outcome: Outcome) -> list[Effect]:
+        """How the oldest outstanding `Write` went; what follows from its entry may be told now."""
+        if self._over:
+            return []
+        entry = self._unwritten.popleft()
+        match outcome:
+            case "kept":
+                return self._follow(entry)
+            case "lost":
+                return self._stop_here(_failure(ResponseMoved()))
+            case "refused":
+                return self._stop_here(_failure(unwritable()))
+
+    def suspend(self) -> list[Effect]:
+        """This router stops: a stored response is left as it is written, for whoever goes on with it."""
+        return [] if self._over else self._stop_here(_failure(Draining()))
+
+    def _put(self, entry: Entry) -> list[Effect]:
+        if not self.record.request.store:
+            return self._follow(entry)
+        self._unwritten.append(entry)
+        return [Write(entry)]
+
+    def _follow(self, entry: Entry) -> list[Effect]:
+        match entry:
+            case Began():
+                reading = [] if self._reading is None else [self._reading]
+                return [*self._open(), *self._serving(), *reading]
+            case Read():
+                return []
+            case Said(_, _, ids, deltas):
+                self._told += len(ids)
+                events = self.log.extend(deltas)
+                return [Deliver(events)] if events else []
+            case Ended() | Dropped():
+                return self._close()
+
+    def _open(self) -> list[Effect]:
+        if self._opened:
+            return []
+        self._opened = True
+        return [Deliver(self.log.open())]
+
+    def _serving(self) -> list[Effect]:
+        return [Serving(self.node)] if self._opened and self.node is not None else []
+
+    def _close(self) -> list[Effect]:
+        assert self._end is not None
+        self._over = True
+        opened = self._open()
+        response = StoredResponse(self.record, self.ids, self.deltas, self._end)
+        return [*opened, Deliver(self.log.close(self._end)), Finished(response)]
+
+    def _stop_here(self, failure: Failure) -> list[Effect]:
+        stopped = self._stop_node()
+        self.node, self.ended, self._over = None, True, True
+        self._unwritten.clear()
+        return [*stopped, Refused(failure)]
 
     # -- ends ----------------------------------------------------------------------------------
 
@@ -335,22 +530,24 @@ class Session:
         return [] if self.node is None else [SendNode(self.node, Cancel(self.record.id, self.epoch))]
 
     def _usage(self) -> Usage:
-        return Usage(self.input_tokens, self.cached_tokens, len(self.ids))
+        placed = self.placed
+        return Usage(placed.input_tokens if placed else 0, placed.cached_tokens if placed else 0, len(self.ids))
 
     def _fail(self, failure: Failure, now: Instant) -> list[Effect]:
-        return [*self._stop_node(), *self._end_failed(failure, now)]
+        return [*self._stop_node(), *self._finish_failed(failure, now)]
 
-    def _end_failed(self, failure: Failure, now: Instant) -> list[Effect]:
-        return self._end(EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage()))
+    def _finish_failed(self, failure: Failure, now: Instant) -> list[Effect]:
+        return self._finish(EndRecord(status="failed", completed_at=now.unix_s, error=failure, usage=self._usage()))
 
-    def _end(self, end: EndRecord) -> list[Effect]:
-        self.node = None
-        self.ended = True
-        if not self._opened:
+    def _finish(self, end: EndRecord, *, keep: bool = True) -> list[Effect]:
+        if not self._promised:
             # Cancelled before it was promised: only the clients of a router that shuts down still hear it.
-            return [Refused(end.error or _failure(Draining()))]
-        events = self.log.close(end)
-        return [Deliver(events), Finished(self.record, self.ids, self.deltas, end)]
+            self.node = None
+            return self._stop_here(end.error or _failure(Draining()))
+        self.node, self.ended, self._end = None, True, end
+        if keep:
+            return self._put(Ended(StoredResponse(self.record, self.ids, self.deltas, end)))
+        return self._put(Dropped(self.record.id))
 
 
 def _failure(error: EdgechatError) -> Failure:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from core.conversation import Item
-from core.errors import StoreUnavailable
 from core.frames import (
     PROTOCOL,
     SPEECH_VERSION,
@@ -36,11 +35,12 @@ from core.stream import Request, RequestRecord
 from router.auth import digest
 from router.config import Auth, Config, Key, Listen, RouterSection
 from router.http.context import Context
-from router.journal import StoredResponse
+from router.journal import Entry, Outcome, StoredResponse
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
 from router.registry import LINK_PATH
 from router.server import listening, make_context
 from router.session import Instant
+from tests.fake_store import FakeDatabase, FakeStore
 
 MODEL = "tiny"
 BODY = {"model": MODEL, "input": "hi"}
@@ -185,28 +185,23 @@ class FakeLinks:
         self.generates.put_nowait((node, frame))
 
 
-class FakeStore:
-    """full: refuse to write. Waits before every write for `open`, when a test closes it."""
+class SlowStore(FakeStore):
+    """Waits before every write for `open`, when a test closes it."""
 
-    def __init__(self) -> None:
-        self.kept: dict[tuple[str, str], StoredResponse] = {}
-        self.full = False
+    def __init__(self, database: FakeDatabase, name: str = "t", instance: str = "i") -> None:
+        super().__init__(database, name, instance)
         self.open = asyncio.Event()
         self.open.set()
 
-    async def put(self, stored: StoredResponse) -> None:
+    async def write(self, entries: Sequence[Entry]) -> list[Outcome]:
         await self.open.wait()
-        if self.full:
-            raise StoreUnavailable("The store is full; make room.")
-        self.kept[stored.record.tenant, stored.record.id] = stored
+        return await super().write(entries)
 
-    async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
-        if self.full:
-            raise StoreUnavailable("The store /var/lib/router.sqlite is full; make room.")
-        return self.kept.get((tenant, response_id))
-
-    async def delete(self, tenant: str, response_id: str) -> bool:
-        return self.kept.pop((tenant, response_id), None) is not None
+    @property
+    def kept(self) -> dict[tuple[str, str], StoredResponse]:
+        """The finished responses by tenant and id."""
+        found = {key: self.get_now(*key) for key in self.database.finished}
+        return {key: response for key, response in found.items() if response is not None}
 
 
 @dataclass
@@ -215,7 +210,7 @@ class FakeRouter:
 
     context: Context
     links: FakeLinks
-    store: FakeStore
+    store: SlowStore
     clock: FakeClock
     port: int
 
@@ -242,9 +237,11 @@ CONFIG = Config(
 
 
 @asynccontextmanager
-async def running_router(config: Config = CONFIG) -> AsyncIterator[FakeRouter]:
+async def running_router(config: Config = CONFIG, database: FakeDatabase | None = None) -> AsyncIterator[FakeRouter]:
     """A router that accepts the keys dev, alice (tenant acme), bob (tenant other) and ops (admin only)."""
-    links, store, clock = FakeLinks(), FakeStore(), FakeClock()
+    links, clock = FakeLinks(), FakeClock()
+    store = SlowStore(database or FakeDatabase(clock=lambda: clock().mono_s), config.router.name)
+    store.beat_now(clock().mono_s)
     context = make_context(config, "secret", links, store, clock)
     links.on_event = context.sessions.on_link_event
     async with listening(context) as port:
