@@ -14,7 +14,7 @@ from router.auth import Keyring, Principal, presented_key, subprotocols
 from router.config import Config, Role
 from router.dispatch import Dispatcher
 from router.fleet import Fleet
-from router.http.outbox import Outbox
+from router.http.outbox import Outbox, PingedOutbox
 from router.http.stalls import Connection, Stalls
 from router.metrics import Metrics
 from router.session import Instant
@@ -54,12 +54,10 @@ class Context:
         now_s = self.now().mono_s
         self.sessions.on_tick()
         for outbox in list(self.outboxes):
-            if outbox.behind(now_s):
-                self.metrics.slow_readers.inc()
-                outbox.abort()
+            outbox.look(now_s)
         for connection in self.stalls.look(self.clients(), now_s):
-            self.metrics.stalled.inc()
-            if connection.transport is not None:
+            if connection.transport is not None and not connection.transport.is_closing():
+                self.metrics.stalled.inc()
                 connection.transport.abort()
 
     def new_outbox(self, request: web.Request) -> Outbox:
@@ -67,12 +65,34 @@ class Context:
         limits = self.config.limits
         outbox = Outbox(
             request.transport,
-            lambda: self.now().mono_s,
+            self._mono_s,
             most_bytes=limits.slow_reader_bytes,
             most_s=limits.slow_reader_s,
+            on_cut=self.metrics.slow_readers.inc,
         )
         self.outboxes.add(outbox)
         return outbox
+
+    def new_pinged_outbox(
+        self, request: web.Request, ping: Callable[[bytes], None], farewell: Callable[[], None]
+    ) -> PingedOutbox:
+        """The same, to a client that answers pings."""
+        limits = self.config.limits
+        outbox = PingedOutbox(
+            request.transport,
+            self._mono_s,
+            most_bytes=limits.slow_reader_bytes,
+            most_s=limits.slow_reader_s,
+            on_cut=self.metrics.slow_readers.inc,
+            salt=lambda: secrets.token_bytes(8),
+            ping=ping,
+            farewell=farewell,
+        )
+        self.outboxes.add(outbox)
+        return outbox
+
+    def _mono_s(self) -> float:
+        return self.now().mono_s
 
 
 CONTEXT: web.AppKey[Context] = web.AppKey("context", Context)

@@ -14,6 +14,7 @@ from core.errors import EdgechatError, NotImplementedYet, Overloaded, RequestErr
 from router.api.errors import http_body, http_headers
 from router.auth import check_origin
 from router.errors import Draining, TooLarge, TooSlow
+from router.http import kernel
 from router.http.context import context_of, principal, request_id
 
 BODY_S = 60.0
@@ -70,6 +71,8 @@ async def admission(request: web.Request, handler: Handler) -> web.StreamRespons
     context = context_of(request)
     config = context.config
     context.stalls.asked(request.protocol)
+    if request.transport is not None:
+        kernel.bound_send_buffer(request.transport)
     check_origin(
         request.headers.get("Origin"),
         request.headers.get("Host"),

@@ -103,8 +103,8 @@ async def send(
 
     # A client that goes away ends its own stream only; the handler's `finally` tells the session.
     with contextlib.suppress(ConnectionError):
-        await outbox.drain(response.write)
-        if closing := last():
-            await response.write(closing)
-        await response.write_eof()
+        if await outbox.drain(response.write):
+            if closing := last():
+                await response.write(closing)
+            await response.write_eof()
     return response

@@ -17,7 +17,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from core.stream import Event
 from router.errors import UpgradeRequired
 from router.http.context import Context, context_of, request_id
-from router.http.outbox import Outbox
+from router.http.outbox import PingedOutbox
 
 HEARTBEAT_S = 30.0
 CLOSE_TIMEOUT_S = 2.0
@@ -25,6 +25,8 @@ HEAR_OUT_S = 5.0
 DRAIN_CODE = 1012
 FAILED_CODE = 1011
 LIFE_CODE = 1001
+SLOW_CODE = 1013
+SLOW_REASON = b"You read too slowly: reconnect and resume."
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class _Socket(web.WebSocketResponse):
     """aiohttp's, except that a client that sent too much is heard out, so that it can read why it is closed.
 
     Closing while bytes are still arriving makes TCP reset, and a reset throws away the close frame.
+    Pings and pongs are for the caller of `receive`; the heartbeat needs none of them, for whatever comes in resets it.
     """
 
     def __init__(self, request: web.Request, protocols: tuple[str, ...]) -> None:
@@ -50,14 +53,23 @@ class _Socket(web.WebSocketResponse):
             protocols=protocols,
             compress=config.listen.compression,
             max_msg_size=config.limits.max_frame_bytes,
+            autoping=False,
             heartbeat=HEARTBEAT_S,
             timeout=CLOSE_TIMEOUT_S,
         )
         self._client = request
+        self._has_closed = False
         self.silence: Callable[[], object] = lambda: None
+
+    def control(self, kind: WSMsgType, payload: bytes) -> None:
+        """Write a control frame behind the frames that are written, without waiting; nothing once a close frame is."""
+        transport = self._client.transport
+        if transport is not None and not (self.closed or self._has_closed or transport.is_closing()):
+            transport.write(bytes((0x80 | kind, len(payload))) + payload)
 
     async def close(self, *, code: int = 1000, message: bytes = b"", drain: bool = True) -> bool:
         if code == WSCloseCode.MESSAGE_TOO_BIG and not self.closed:
+            self._has_closed = True
             self.silence()
             with contextlib.suppress(ConnectionError):
                 await self.send_frame(code.to_bytes(2, "big"), WSMsgType.CLOSE)
@@ -83,16 +95,16 @@ class Peer:
         self._request = request
         self._context: Context = context_of(request)
         self._on_limit = on_limit
-        self._outbox: Outbox | None = None
+        self._outbox: PingedOutbox | None = None
         self._close_code = 1000
         self._socket = _Socket(request, protocols)
         self._socket.headers["x-connection-id"] = self.id
         self._socket.headers["x-request-id"] = request_id(request)
 
-    def send(self, message: Event) -> None:
-        """Queue a JSON text frame; never waits."""
+    def send(self, *messages: Event) -> None:
+        """Queue JSON text frames that are said in one go; never waits."""
         if self._outbox is not None:
-            self._outbox.put(msgspec.json.encode(message))
+            self._outbox.put(*map(msgspec.json.encode, messages))
 
     async def close(self, code: int) -> None:
         """Write what is queued, then close."""
@@ -103,9 +115,9 @@ class Peer:
     async def run(self, on_text: Callable[[str], None], on_binary: Callable[[], None]) -> web.WebSocketResponse:
         """Serve until either side closes; returns the spent response for the handler to return."""
         await self._socket.prepare(self._request)
-        self._outbox = self._context.new_outbox(self._request)
+        self._outbox = outbox = self._context.new_pinged_outbox(self._request, self._ping, self._say_too_slow)
         self._context.peers.add(self)
-        writer = asyncio.create_task(self._write(self._outbox), name=f"write {self.id}")
+        writer = asyncio.create_task(self._write(outbox), name=f"write {self.id}")
         self._socket.silence = writer.cancel
         life_s = self._context.config.limits.connection_life_s
         expiry = asyncio.get_running_loop().call_later(life_s, self._expire)
@@ -115,6 +127,12 @@ class Peer:
                     on_text(message.data)
                 elif message.type is WSMsgType.BINARY:
                     on_binary()
+                elif message.type is WSMsgType.PING:
+                    # The pong waits for room, or a client could fill our memory with answers that it does not read.
+                    with contextlib.suppress(ConnectionError):
+                        await self._socket.pong(message.data)
+                elif message.type is WSMsgType.PONG:
+                    outbox.on_pong(bytes(message.data))
         except Exception:
             # The handshake is long answered: a close code is all that is left to say.
             log.exception("the connection %s failed", self.id)
@@ -123,7 +141,7 @@ class Peer:
             expiry.cancel()
             writer.cancel()
             self._context.peers.discard(self)
-            self._context.outboxes.discard(self._outbox)
+            self._context.outboxes.discard(outbox)
             with contextlib.suppress(asyncio.CancelledError):
                 await writer
         return self._socket
@@ -134,11 +152,17 @@ class Peer:
         if self._outbox is not None:
             self._outbox.finish()
 
-    async def _write(self, outbox: Outbox) -> None:
+    def _ping(self, payload: bytes) -> None:
+        self._socket.control(WSMsgType.PING, payload)
+
+    def _say_too_slow(self) -> None:
+        self._socket.control(WSMsgType.CLOSE, SLOW_CODE.to_bytes(2, "big") + SLOW_REASON)
+
+    async def _write(self, outbox: PingedOutbox) -> None:
         async def write(frame: bytes) -> None:
             await self._socket.send_frame(frame, WSMsgType.TEXT)
 
         # A client that is gone ends the receiving side too, which ends this task.
         with contextlib.suppress(ConnectionError):
-            await outbox.drain(write)
-            await self._socket.close(code=self._close_code)
+            if await outbox.drain(write):
+                await self._socket.close(code=self._close_code)
