@@ -43,13 +43,16 @@ from edge_node.switchboard import LinkId, StreamFrame, Switchboard
 log = logging.getLogger("edge_node.node")
 
 STATUS_S = 0.25
-_DRAIN_POLL_S = 0.02
 
 Spawn: TypeAlias = Callable[[], Awaitable[EngineProcess]]
 
 
 class Node:
-    """One node serving one release. Invariant: streams are in the switchboard only while an engine process lives."""
+    """One node serving one release.
+
+    Invariant: streams are in the switchboard only while an engine process lives that is not to be killed; `_no_streams`
+    is set exactly while there are none.
+    """
 
     def __init__(self, settings: EdgeSettings, manifest: Manifest, spawn: Spawn, secret: str) -> None:
         self.instance = secrets.token_hex(4)
@@ -59,6 +62,8 @@ class Node:
         self._context_tokens = min(settings.engine.context_tokens, manifest.context_tokens)
         self._supervisor = Supervisor(Patience(settings.node.load_s, settings.node.hang_s), time.monotonic())
         self._streams = Switchboard()
+        self._no_streams = asyncio.Event()
+        self._no_streams.set()
         self._residents = ResidentTable()
         self._links = LinkServer(
             self,
@@ -105,7 +110,7 @@ class Node:
     # -- shutting down ---------------------------------------------------------------------------
 
     async def _drain(self) -> None:
-        """No new streams; those that run get `drain_s`, then fail retryably."""
+        """No new streams; those that run get `drain_s` to end here or to be taken elsewhere, then fail retryably."""
         drain_s = self._settings.node.drain_s
         log.info("draining streams=%d drain_s=%g", len(self._streams), drain_s)
         self._draining = True
@@ -113,8 +118,7 @@ class Node:
         self._links.send_all(Drain(drain_s))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
-                while len(self._streams):
-                    await asyncio.sleep(_DRAIN_POLL_S)
+                await self._no_streams.wait()
         sentence = f"The node {self._name!r} shut down before the answer was complete; send the request again."
         self._send(self._streams.fail_all("draining", sentence))
 
@@ -146,10 +150,11 @@ class Node:
         self._supervisor.started(time.monotonic())
         engine.send(self._load())
         try:
-            while (message := await engine.receive()) is not None:
+            # One that is to be killed is not listened to any more.
+            while (message := await engine.receive()) is not None and self._engine is engine:
                 self._on_engine(message)
         finally:
-            self._on_engine_lost()
+            self._lose_engine("engine_lost", "stopped")
             how = await engine.end()
             log.log(logging.INFO if self._draining else logging.ERROR, "engine_ended pid=%d how=%r", engine.pid, how)
 
@@ -177,16 +182,21 @@ class Node:
             case _:
                 assert_never(message)
 
-    def _on_engine_lost(self) -> None:
-        """It hung up or is to be left: nothing more comes of its streams."""
+    def _lose_engine(self, code: str, what: str) -> None:
+        """It has ended or is to be killed: nothing more comes of its streams. Does nothing the second time.
+
+        code: what its streams fail with: `engine_lost` may be a request's doing, `engine_stalled` is the machine's.
+        """
+        if self._engine is None:
+            return
         self._engine = None
         self._steps_before += self._supervisor.step
         self._supervisor.ended(time.monotonic())
         self._residents.clear()
         if len(self._streams):
-            log.warning("streams_lost count=%d", len(self._streams))
-        sentence = f"The engine of node {self._name!r} stopped while it was answering; send the request again."
-        self._send(self._streams.fail_all("engine_lost", sentence))
+            log.warning("streams_lost count=%d code=%s", len(self._streams), code)
+        sentence = f"The engine of node {self._name!r} {what} while it was answering; send the request again."
+        self._send(self._streams.fail_all(code, sentence))
         self._tell_all()
 
     def _load(self) -> Load:
@@ -218,6 +228,8 @@ class Node:
             if why is not None and self._engine is not None:
                 log.error("engine_killed pid=%d why=%r", self._engine.pid, why)
                 self._engine.kill()
+                # Now, not when it is gone: the kernel may wait long for a process that hangs in a driver.
+                self._lose_engine("engine_stalled", "hung")
             self._tell_all()
             await asyncio.sleep(STATUS_S)
 
@@ -230,6 +242,7 @@ class Node:
             code, sentence = refusal
             self._links.send(link, [Failed(request.stream, request.epoch, code, True, sentence)])
         elif engine is not None and self._streams.admit(link, request):
+            self._no_streams.clear()
             engine.send(request)
 
     def on_cancel(self, link: LinkId, cancel: Cancel) -> None:
@@ -237,6 +250,7 @@ class Node:
 
     def on_link_lost(self, link: LinkId) -> None:
         self._tell_engine(self._streams.drop_link(link))
+        self._note_whether_streams()
 
     def _tell_engine(self, cancels: list[Cancel]) -> None:
         if self._engine is not None:
@@ -260,6 +274,12 @@ class Node:
     def _send(self, routed: dict[LinkId, list[StreamFrame]]) -> None:
         for link, frames in routed.items():
             self._links.send(link, frames)
+        self._note_whether_streams()
+
+    def _note_whether_streams(self) -> None:
+        """After whatever may have taken the last one away."""
+        if not len(self._streams):
+            self._no_streams.set()
 
     # -- what the node says of itself ------------------------------------------------------------
 

@@ -74,6 +74,7 @@ class FakeEngine:
         self.pid = pid
         self.backed_up = False
         self.killed = False
+        self.stuck = False  # in a driver: not even a kill ends it at once
         self.told: asyncio.Queue[ToChild] = asyncio.Queue()
         self._says: asyncio.Queue[ToParent | None] = asyncio.Queue()
 
@@ -85,7 +86,8 @@ class FakeEngine:
 
     def kill(self) -> None:
         self.killed = True
-        self.die()
+        if not self.stuck:
+            self.die()
 
     async def end(self) -> str:
         return "signal SIGKILL" if self.killed else "exit code 0"

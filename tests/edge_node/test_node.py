@@ -32,11 +32,13 @@ from core.frames import (
 )
 from edge_node.__main__ import _tls
 from edge_node.config import ListenSection
-from edge_node.runtime.pipe import Fatal, Load, Outputs, Residents, outputs
+from edge_node.runtime.pipe import Fatal, Load, Loaded, Outputs, Residents, outputs
 from tests.e2e.waiting import Answer, eventually_async, http
 from tests.edge_node.fake_engine import HOST, RELEASE, RouterLink, Served, dial, generate, open_link, row, settings_with
 
 SECRET = "a-long-random-string"
+EPOCHS_PER_OWNER = 1_000_000
+"""How far a router that adopts a stream goes ahead of the one before."""
 TLS = Path(__file__).parent / "tls"
 
 
@@ -281,6 +283,33 @@ async def test_a_stream_moves_to_the_link_with_the_higher_epoch() -> None:
         assert engine.told.empty(), "the old link's end does not cancel what has moved away"
 
 
+async def test_a_router_that_adopts_a_stream_has_it_alone_whatever_the_half_open_link_of_the_old_one_still_does() -> (
+    None
+):
+    async with Served(settings_with()) as served, dial(served.port) as new:
+        engine = await served.engines.ready()
+        await status_where(new, state="ready")
+        async with dial(served.port) as old:
+            await old.send(generate("s", epoch=3))
+            assert (await engine.was_told(Generate)).epoch == 3
+            adopted = 3 + 4_000_000 * EPOCHS_PER_OWNER
+            await new.send(generate("s", epoch=adopted))
+            assert (await engine.was_told(Generate)).epoch == adopted
+            await old.send(Cancel("s", 3))
+            await old.send(Cancel("s", adopted))
+            await old.send(generate("s", epoch=4))
+            await old.send(Ping(1))
+            await status_with_echo(old, 1)
+            engine.say(outputs([row("s", 0, "old", epoch=3)]), outputs([row("s", 0, "new", epoch=adopted)]))
+            assert (await new.receive(Tokens)).rows == [row("s", 0, "new", epoch=adopted)]
+            old.connection.transport.abort()
+        await eventually_async(lambda: served.node.facts().links == 1)
+        assert engine.told.empty(), "neither a late Cancel nor the old link's end reaches what was adopted"
+        engine.say(outputs([row("s", 1, epoch=adopted)]), done("s", epoch=adopted))
+        assert (await new.receive(Tokens)).rows == [row("s", 1, epoch=adopted)]
+        assert (await new.receive(Done)).epoch == adopted
+
+
 async def test_a_lost_link_cancels_its_streams() -> None:
     async with Served(settings_with()) as served, dial(served.port) as other:
         engine = await served.engines.ready()
@@ -358,6 +387,28 @@ async def test_an_engine_that_hangs_is_killed() -> None:
         await status_where(link, state="loading")
 
 
+@pytest.mark.parametrize("stuck", [False, True])
+async def test_the_streams_of_an_engine_that_hangs_fail_as_stalled_as_soon_as_it_is_killed(stuck: bool) -> None:
+    async with Served(settings_with(node={"hang_s": 0.2})) as served, dial(served.port) as link:
+        engine = await served.engines.ready()
+        engine.stuck = stuck
+        await status_where(link, state="ready")
+        await link.send(generate("s"))
+        await engine.was_told(Generate)
+        failed = await link.receive(Failed)
+        assert (failed.stream, failed.code, failed.retryable) == ("s", "engine_stalled", True)
+        assert failed.message == "The engine of node 'eu' hung while it was answering; send the request again."
+        await link.send(generate("s", epoch=2))
+        refused = await link.receive(Failed)
+        assert (refused.epoch, refused.code) == (2, "overloaded")
+        if stuck:
+            assert len(served.engines.started) == 1, "never two at once"
+            engine.say(Loaded(0.1), outputs([row("s", 0, "late")]))
+            engine.die()
+        await served.engines.ready(2)
+        await status_where(link, state="ready", engine_pid=1001)
+
+
 async def test_what_the_first_engine_cannot_serve_ends_the_node_with_its_sentence() -> None:
     async with Served(settings_with()) as served:
         engine = await served.engines.nth(1)
@@ -412,6 +463,59 @@ async def test_a_draining_node_lets_answers_finish_and_takes_no_new_ones() -> No
         assert (await link.receive(Failed)).code == "draining"
         engine.say(outputs([row("s", 0)]), done("s"))
         assert (await link.receive(Done)).stream == "s"
+        assert (await closing_of(link))[0] == 1012
+        await served.running
+
+
+async def test_every_router_is_told_of_a_drain_and_one_that_links_up_later_sees_it() -> None:
+    async with Served(settings_with(node={"drain_s": 3600.0})) as served:
+        async with dial(served.port) as one, dial(served.port) as two:
+            engine = await served.engines.ready()
+            await status_where(one, state="ready")
+            await one.send(generate("s"))
+            await engine.was_told(Generate)
+            served.node.stop()
+            for link in (one, two):
+                assert (await link.receive(Drain)).deadline_s == 3600.0
+            async with dial(served.port) as late:
+                assert (await late.receive(Status)).draining
+            engine.say(outputs([row("s", 0)]))
+            assert (await one.receive(Tokens)).rows == [row("s", 0)], "who is being answered is answered on"
+        await served.running
+
+
+@pytest.mark.parametrize("how", ["answered", "handed off", "its router lost", "its engine lost"])
+async def test_a_drain_ends_with_the_last_stream_however_that_goes(how: str) -> None:
+    async with Served(settings_with(node={"drain_s": 3600.0})) as served, dial(served.port) as link:
+        engine = await served.engines.ready()
+        await status_where(link, state="ready")
+        for stream in ("first", "last"):
+            await link.send(generate(stream))
+            await engine.was_told(Generate)
+        served.node.stop()
+        await link.receive(Drain)
+        engine.say(done("first"))
+        await link.receive(Done)
+        assert not served.running.done()
+        match how:
+            case "answered":
+                engine.say(done("last"))
+            case "handed off":
+                await link.send(Cancel("last", 1))
+                assert await engine.was_told(Cancel) == Cancel("last", 1)
+                engine.say(done("last"))
+            case "its router lost":
+                link.connection.transport.abort()
+            case "its engine lost":
+                engine.die()
+        await served.running
+
+
+async def test_a_node_that_is_stopped_while_it_loads_ends_at_once() -> None:
+    async with Served(settings_with(node={"drain_s": 3600.0})) as served, dial(served.port) as link:
+        await served.engines.nth(1)
+        served.node.stop()
+        await link.receive(Drain)
         assert (await closing_of(link))[0] == 1012
         await served.running
 

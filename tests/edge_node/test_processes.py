@@ -14,7 +14,7 @@ import msgspec
 import psutil
 import pytest
 
-from core.frames import Done, Failed, Status, Tokens
+from core.frames import Cancel, Done, Drain, Failed, Status, Tokens
 from export.build import Order, export
 from export.recipes import Recipe
 from tests.e2e.processes import HOST, ROOT, Node, clean_environment
@@ -111,9 +111,13 @@ async def test_a_killed_engine_is_restarted_and_its_streams_fail_retryably(share
 
 async def test_a_stopped_engine_is_not_vouched_for_then_killed_and_restarted(shared: Node) -> None:
     async with dial(shared.port) as link:
-        stopped = (await status_where(link, vouched=True)).engine_pid
+        stopped = (await status_where(link, state="ready", vouched=True)).engine_pid
+        await link.send(generate("s", release=link.hello.releases[0], max_output_tokens=LONG))
+        await link.receive(Tokens)
         shared.engine().suspend()
         await status_where(link, vouched=False, engine_pid=stopped)
+        failed = await link.receive(Failed)
+        assert (failed.stream, failed.code, failed.retryable) == ("s", "engine_stalled", True)
         await status_where(link, state="loading")
         assert gone(stopped)
         await status_where(link, state="ready", vouched=True)
@@ -151,15 +155,46 @@ async def test_a_node_that_is_asked_to_stop_leaves_nothing_behind(node: Node) ->
 
 
 @pytest.mark.parametrize("node", ["3600"], indirect=True)
-async def test_a_second_signal_ends_the_node_at_once(node: Node) -> None:
+async def test_a_node_that_is_asked_to_stop_goes_as_soon_as_its_last_stream_was_handed_off(node: Node) -> None:
     engine = node.engine().pid
     async with dial(node.port) as link:
         await link.send(generate("s", release=link.hello.releases[0], max_output_tokens=LONG))
         await link.receive(Tokens)
-        node.signal(signal.SIGINT)
+        node.signal(signal.SIGTERM)
+        await link.receive(Drain)
+        await link.receive(Tokens)
+        await link.send(Cancel("s", 1))
+        assert (await link.receive(Done)).finish == "cancelled"
+    assert node.wait_exit() == 0
+    assert gone(engine)
+
+
+def test_a_node_that_is_asked_to_stop_while_it_loads_leaves_nothing_behind(
+    smollm2_release: Path, tmp_path: Path
+) -> None:
+    process = starting(smollm2_release, tmp_path, drain_s="3600")
+    try:
+        engine = eventually(process.engine).pid
+        process.signal(signal.SIGTERM)
+        assert process.wait_exit() == 0
+        eventually(lambda: gone(engine))
+        assert "engine_ready" not in process.log()
+        assert "Traceback" not in process.log()
+    finally:
+        process.close()
+
+
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("node", ["3600"], indirect=True)
+async def test_a_second_signal_ends_the_node_at_once(node: Node, again: signal.Signals) -> None:
+    engine = node.engine().pid
+    async with dial(node.port) as link:
+        await link.send(generate("s", release=link.hello.releases[0], max_output_tokens=LONG))
+        await link.receive(Tokens)
+        node.signal(signal.SIGTERM)
         await status_where(link, draining=True)
-        node.signal(signal.SIGINT)
-        assert node.wait_exit() == 128 + signal.SIGINT
+        node.signal(again)
+        assert node.wait_exit() == 128 + again
     eventually(lambda: gone(engine))
 
 

@@ -62,6 +62,19 @@ def test_a_higher_epoch_moves_a_stream_and_late_frames_of_the_old_one_are_droppe
     assert board.route(outputs([row("s", 4, epoch=2)])) == {B: [Tokens([row("s", 4, epoch=2)])]}
 
 
+def test_an_adopted_stream_is_out_of_reach_of_the_link_it_was_taken_from() -> None:
+    board = Switchboard()
+    board.admit(A, generate("s", epoch=7))
+    adopted = 7 + 1_000_000
+    assert board.admit(B, generate("s", epoch=adopted))
+    assert board.cancel(A, Cancel("s", 7)) == board.cancel(A, Cancel("s", adopted)) == []
+    assert not board.admit(A, generate("s", epoch=8)), "the old router does not know yet"
+    assert board.drop_link(A) == []
+    assert board.route(outputs([row("s", 0, epoch=8), done("s", epoch=7)])) == {}
+    assert board.route(outputs([done("s", epoch=adopted)])) == {B: [done("s", epoch=adopted)]}
+    assert len(board) == 0
+
+
 def test_only_the_link_and_epoch_of_a_stream_can_cancel_it() -> None:
     board = Switchboard()
     board.admit(A, generate("s", epoch=2))

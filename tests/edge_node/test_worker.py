@@ -68,7 +68,8 @@ class GatedSpeech(FakeSpeech):
 
 
 def small_engine(speech: FakeSpeech) -> Engine:
-    return Engine(fake_manifest(), speech, EngineLimits(slots=2, context_tokens=256, max_waiting=4, prefix_blocks=4))
+    limits = EngineLimits(slots=2, context_tokens=256, max_waiting=4, chunk_tokens=64, prefix_blocks=4)
+    return Engine(fake_manifest(), speech, limits)
 
 
 class Bench:
@@ -191,6 +192,19 @@ def test_a_cancelled_stream_leaves_an_idle_engine(bench: Bench) -> None:
     bench.runner.gate.set()
     assert bench.end_of("a") == {"a": "cancelled"}
     eventually(lambda: bench.beat().age_s < 0 and bench.beat().running == 0)
+
+
+def test_of_a_long_prompt_whose_answer_is_cancelled_only_the_step_under_way_is_read(bench: Bench) -> None:
+    bench.runner.gate.clear()
+    bench.send(generate("a", "x" * 200, most=16))
+    eventually(lambda: bench.beat().step == 1)
+    bench.send(Cancel("a", 1))
+    eventually(lambda: bench.inbox.qsize() == 1)
+    bench.runner.gate.set()
+    assert bench.end_of("a") == {"a": "cancelled"}
+    eventually(lambda: bench.beat().age_s < 0)
+    (only,) = bench.runner.plans
+    assert only.chunk is not None and len(only.chunk.ids) == 64
 
 
 def test_requests_that_take_long_to_accept_do_not_hold_up_who_is_being_answered(

@@ -173,6 +173,16 @@ def test_a_kept_block_of_an_answer_is_the_one_of_a_prompt_with_the_same_ids() ->
     assert node.ids("follower") == said_alone(follower, CONTEXT)
 
 
+def test_what_was_read_of_one_tenants_answer_serves_no_other() -> None:
+    request = endless(text="x" * 40, most=110)
+    again = continued(request, said_alone(request, CONTEXT)[:100])
+    node = node_of(FAST, blocks=BLOCKS)
+    for salt in ("one", "another", "one"):
+        node.answer(msgspec.structs.replace(again, stream=f"{salt} {len(node.plans)}", cache_salt=salt))
+    cached = [output.cached_tokens for output in node.outputs if isinstance(output, Started)]
+    assert cached == [0, 0, 40]
+
+
 @pytest.mark.parametrize("steps", range(1, 14))
 def test_one_that_gives_way_while_its_given_ids_are_read_or_later_goes_on_unchanged(steps: int) -> None:
     request = endless("low", text="x" * 30, most=90)

@@ -165,6 +165,25 @@ def test_what_was_cancelled_while_its_step_ran_says_nothing_more() -> None:
     assert ids_of(run_dry(engine, runner), "next") == said_alone(request, CONTEXT)
 
 
+@pytest.mark.parametrize("steps", range(8))
+@pytest.mark.parametrize("given", [(), range(5, 25)])
+def test_after_a_cancel_at_most_the_step_under_way_is_computed_of_a_stream(given: Iterable[int], steps: int) -> None:
+    """While its prompt or its given ids are read, and while it writes."""
+    limits = EngineLimits(slots=1, context_tokens=CONTEXT, max_waiting=1, chunk_tokens=8, failover_exact_s=0.0)
+    engine, runner = Engine(fake_manifest(), FakeSpeech(), limits), FakeRunner(1, CONTEXT)
+    engine.submit(generate(text="x" * 30, most=30, output_ids=list(given), seed=3), 0.0)
+    for _ in range(steps):
+        plan = engine.plan(0.0)
+        assert plan is not None
+        engine.commit(plan, runner.run(plan), 0.0)
+    under_way = engine.plan(0.0)
+    assert under_way is not None
+    (done,) = engine.cancel("s", 1, 0.0)
+    assert isinstance(done, Done) and done.finish == "cancelled"
+    assert engine.commit(under_way, runner.run(under_way), 0.0) == []
+    assert engine.plan(0.0) is None and engine.resting
+
+
 def test_cancelling_an_older_epoch_or_an_unknown_stream_does_nothing() -> None:
     engine = engine_of()
     engine.submit(generate(epoch=2), 0.0)
