@@ -34,10 +34,12 @@ export class Connection {
     this.tryNow();
   }
 
+  /** Connect at once, whatever was under way. What replaces an open connection is not told as a retry: nothing is wrong yet. */
   tryNow() {
+    const isRetry = this.#attempt > 0 && this.#openedAtMs === null;
     this.#drop();
     const generation = this.#generation;
-    this.#say("connecting");
+    this.#say("connecting", { isRetry });
     this.#guard(generation, this.#connect(generation));
   }
 
@@ -112,7 +114,7 @@ export class Connection {
         this.#lost(generation, reason);
       } else {
         this.#drop();
-        this.#say("closed", null, reason);
+        this.#say("closed", { reason });
       }
     };
   }
@@ -126,7 +128,7 @@ export class Connection {
     this.#attempt = attempt + 1;
     this.#drop();
     this.#timer = setTimeout(() => this.tryNow(), waitMs);
-    this.#say("waiting", now() + waitMs, reason);
+    this.#say("waiting", { retryAtMs: now() + waitMs, reason, isRetry: true });
   }
 
   #drop() {
@@ -139,7 +141,7 @@ export class Connection {
     if (socket) socket.close();
   }
 
-  #say(phase, retryAtMs = null, reason = "") {
-    this.#on.phase({ phase, retryAtMs, reason, isRetry: this.#attempt > 0 });
+  #say(phase, { retryAtMs = null, reason = "", isRetry = false } = {}) {
+    this.#on.phase({ phase, retryAtMs, reason, isRetry });
   }
 }

@@ -2,9 +2,11 @@
 // what can be done. Knows the shape of an exchange and nothing else of the state.
 
 import { element, renderMarkdown, setText } from "./dom.js";
+import { isRunning } from "./exchange.js";
 
 const CLAMP_CHARACTERS = 1_200;
 const CLAMP_LINES = 14;
+const ELAPSED_FROM_S = 5; // a shorter wait is not worth counting
 
 /** "edge-1 · eu"; a node that is named after its region is said once. */
 export function nodeLabel({ name, region }) {
@@ -15,7 +17,7 @@ export class ExchangeView {
   #exchange = null;
   #strings = null;
   #retryable = null;
-  #queuedText = null;
+  #texts = "";
   #isOpen = false;
 
   constructor() {
@@ -24,14 +26,22 @@ export class ExchangeView {
     this.more = element("button", { type: "button", class: "link", "data-do": "more" });
     this.delivery = element("p", { class: "delivery" });
     this.answerLabel = element("h2", { class: "offscreen" });
-    this.wait = element("p", { class: "wait" }, element("span", { class: "pulse", "aria-hidden": "true" }), element("span"));
+    this.waitText = element("span");
+    this.elapsed = element("span", { class: "elapsed" });
+    this.bar = element("progress", { max: "100" });
+    this.wait = element(
+      "div",
+      { class: "wait" },
+      element("p", {}, element("span", { class: "pulse", "aria-hidden": "true" }), this.waitText, this.elapsed),
+      this.bar,
+    );
     this.answer = element("div", { class: "answer", dir: "auto" });
     this.notice = element("div", { class: "outcome" });
     this.node = element("span", { class: "node" });
     this.copy = element("button", { type: "button", class: "quiet", "data-copy": "answer" });
     this.retry = element("button", { type: "button", class: "outlined", "data-do": "retry" });
     this.below = element("div", { class: "meta" }, this.node, this.copy);
-    this.reply = element("div", { class: "reply" }, this.answerLabel, this.wait, this.answer, this.notice, this.below);
+    this.reply = element("div", { class: "reply" }, this.answerLabel, this.answer, this.wait, this.notice, this.below);
     this.root = element("article", { class: "exchange" }, this.questionLabel, this.question, this.more, this.delivery, this.reply);
   }
 
@@ -40,16 +50,20 @@ export class ExchangeView {
     this.#clamp(this.#exchange.question);
   }
 
-  /** Show `exchange`; does nothing when nothing it shows has changed. */
-  show(exchange, { strings, retryable, queuedText }) {
+  /**
+   * Show `exchange`; does nothing when nothing it shows has changed. `queuedText` and `awayText`: what a question that
+   * waits to be sent, and an answer that is away, wait for.
+   */
+  show(exchange, { strings, retryable, queuedText, awayText }) {
+    const texts = `${queuedText} ${awayText}`;
     const same = exchange === this.#exchange && strings === this.#strings;
-    if (same && retryable === this.#retryable && queuedText === this.#queuedText) return;
+    if (same && retryable === this.#retryable && texts === this.#texts) return;
     const previous = this.#exchange;
     Object.assign(this.root.dataset, { id: exchange.id, status: exchange.status });
     this.#exchange = exchange;
     this.#strings = strings;
     this.#retryable = retryable;
-    this.#queuedText = queuedText;
+    this.#texts = texts;
     setText(this.questionLabel, strings.you);
     setText(this.answerLabel, strings.assistant);
     setText(this.retry, strings.retry);
@@ -57,8 +71,9 @@ export class ExchangeView {
     this.copy.setAttribute("aria-label", strings.copyAnswer);
     if (previous?.question !== exchange.question) setText(this.question, exchange.question);
     this.#clamp(exchange.question);
-    this.#showDelivery(exchange);
+    this.#showDelivery(exchange, queuedText);
     this.#showAnswer(exchange);
+    this.#showWait(exchange, awayText);
     this.#showOutcome(exchange);
     this.#showNode(exchange);
   }
@@ -71,22 +86,39 @@ export class ExchangeView {
     setText(this.more, this.#isOpen ? this.#strings.showLess : this.#strings.showAll);
   }
 
-  #showDelivery({ status }) {
+  /** How long the first words have been waited for; called on every frame. */
+  showElapsed(nowMs) {
+    const { answer, sentAtMs } = this.#exchange;
+    const seconds = sentAtMs === null ? 0 : Math.floor((nowMs - sentAtMs) / 1000);
+    this.elapsed.hidden = this.wait.hidden || answer !== "" || seconds < ELAPSED_FROM_S;
+    if (!this.elapsed.hidden) setText(this.elapsed, this.#strings.elapsed(seconds));
+  }
+
+  #showDelivery({ status }, queuedText) {
     const strings = this.#strings;
-    const texts = { queued: this.#queuedText, unsent: strings.unsent };
+    const texts = { queued: queuedText, unsent: strings.unsent };
     this.delivery.hidden = !(status in texts);
     if (status in texts) this.delivery.replaceChildren(texts[status], ...(status === "unsent" ? [this.retry] : []));
   }
 
-  #showAnswer({ status, answer, progress }) {
-    const isWaiting = ["sent", "streaming", "stopping"].includes(status) && answer === "";
+  #showAnswer({ status, answer }) {
     this.reply.hidden = status === "queued" || status === "unsent";
-    this.wait.hidden = !isWaiting;
-    const reading = progress === null ? this.#strings.thinking : this.#strings.reading(Math.floor(progress * 100));
-    setText(this.wait.lastChild, status === "stopping" ? this.#strings.stopping : reading);
     renderMarkdown(this.answer, answer, this.#strings);
     this.answer.hidden = answer === "";
     this.copy.hidden = answer === "" || status === "streaming" || status === "stopping";
+  }
+
+  /** Why nothing is to be read yet, or no more for the moment. A node that takes over reads the conversation anew. */
+  #showWait({ status, answer, progress }, awayText) {
+    const strings = this.#strings;
+    const isReading = progress !== null && progress < 1;
+    const percent = isReading ? Math.floor(progress * 100) : 0;
+    this.wait.hidden = !isRunning(this.#exchange) || (answer !== "" && status !== "away" && !isReading);
+    const waitsFor = isReading ? strings.reading(percent) : strings.thinking;
+    setText(this.waitText, { away: awayText, stopping: strings.stopping }[status] ?? waitsFor);
+    this.bar.hidden = !isReading || status === "stopping";
+    this.bar.value = percent;
+    this.bar.setAttribute("aria-label", strings.readingLabel);
   }
 
   #showOutcome({ status, answer, error }) {
@@ -94,7 +126,8 @@ export class ExchangeView {
     const lines = [];
     if (error) {
       lines.push(element("strong", {}, strings.errors[error.code] ?? strings.errors.other));
-      if (error.sentence) lines.push(element("span", {}, error.sentence));
+      // That its id was not found adds nothing for a person.
+      if (error.sentence && error.code !== "response_not_found") lines.push(element("span", {}, error.sentence));
     }
     if (status === "interrupted" && (answer !== "" || !error)) lines.unshift(element("span", { class: "mark" }, strings.interrupted));
     if (status === "stopped") lines.push(element("span", { class: "mark" }, strings.stopped));

@@ -4,12 +4,14 @@
 import { Connection } from "./connection.js";
 import { copyText, setText } from "./dom.js";
 import { View } from "./render.js";
-import { canStop, initialState, MAX_QUESTION_CHARACTERS, nextSend, reduce, running } from "./state.js";
+import { Returning } from "./returning.js";
+import { awaits, canStop, initialState, MAX_QUESTION_CHARACTERS, nextSend, reduce, running } from "./state.js";
 import { readConversation, readPreference, writeConversation, writePreference } from "./storage.js";
 import { chooseLanguage, STRINGS } from "./strings.js";
 import { isUsableKey, readFrame } from "./wire.js";
 
 const SAVE_AFTER_MS = 500;
+const REDRAW_MS = 250; // of what counts seconds
 const COPIED_FOR_MS = 2_000;
 const LOOPBACK = /^(localhost|127(\.\d+){3}|\[::1\])$/;
 
@@ -25,31 +27,36 @@ let isFrameAsked = false;
 let saveTimer = null;
 
 const view = new View(() => keyProblem);
-const connection = new Connection(
-  {
-    origin: location.origin,
-    fetch: (...args) => fetch(...args),
-    WebSocket,
-    now: () => Date.now(),
-    random: () => Math.random(),
-    setTimeout: (...args) => setTimeout(...args),
-    clearTimeout: (timer) => clearTimeout(timer),
+const world = {
+  origin: location.origin,
+  fetch: (...args) => fetch(...args),
+  WebSocket,
+  now: () => Date.now(),
+  random: () => Math.random(),
+  setTimeout: (...args) => setTimeout(...args),
+  clearTimeout: (timer) => clearTimeout(timer),
+  setInterval: (...args) => setInterval(...args),
+};
+const connection = new Connection(world, {
+  phase: onPhase,
+  refusedKey: onRefusedKey,
+  models: (models) => dispatch({ type: "models", models }),
+  frame: (text) => {
+    returning.on("heard");
+    onServer(readFrame(text));
   },
-  {
-    phase: onPhase,
-    refusedKey: onRefusedKey,
-    models: (models) => dispatch({ type: "models", models }),
-    frame: (text) => onServer(readFrame(text)),
-  },
-);
+});
+const returning = new Returning(world, () => connection.tryNow());
 
 function dispatch(event) {
   const before = state;
   state = reduce(state, event);
   if (state === before) return;
-  for (let next = nextSend(state); next && connection.send(next.message); next = nextSend(state)) {
+  for (let next = nextSend(state, Date.now()); next && connection.send(next.message); next = nextSend(state, Date.now())) {
     state = reduce(state, next.event);
   }
+  returning.look(awaits(state), running(state));
+  if (state.isStale) connection.tryNow();
   if (state.exchanges !== before.exchanges) saveSoon();
   askFrame();
 }
@@ -88,7 +95,7 @@ function askFrame() {
   requestAnimationFrame(() => {
     isFrameAsked = false;
     view.render(state, Date.now());
-    if (state.connection.phase === "waiting") setTimeout(askFrame, 250);
+    if (state.connection.phase === "waiting" || running(state)?.answer === "") setTimeout(askFrame, REDRAW_MS);
   });
 }
 
@@ -210,14 +217,21 @@ function listenSettings() {
 }
 
 function listenWorld() {
-  const tryIfWaiting = () => state.connection.phase === "waiting" && connection.tryNow();
-  addEventListener("online", tryIfWaiting);
-  document.addEventListener("visibilitychange", () => {
-    if (document.visibilityState === "visible") tryIfWaiting();
-    else save();
-  });
+  const onWoken = (type) => {
+    if (state.connection.phase === "waiting") connection.tryNow();
+    else returning.on(type);
+  };
+  const onVisibility = () => {
+    if (document.visibilityState === "visible") return onWoken("shown");
+    returning.on("hidden");
+    save();
+  };
+  addEventListener("online", () => onWoken("online"));
+  document.addEventListener("visibilitychange", onVisibility);
   addEventListener("pagehide", save);
-  addEventListener("pageshow", ({ persisted }) => persisted && connection.tryNow());
+  // Out of the back-forward cache, where sockets do not live.
+  addEventListener("pageshow", ({ persisted }) => persisted && state.connection.phase !== "key" && connection.tryNow());
+  if (document.visibilityState !== "visible") returning.on("hidden");
 }
 
 listen();

@@ -3,6 +3,7 @@
 
 import { element, setText } from "./dom.js";
 import { ExchangeView, nodeLabel } from "./exchange_view.js";
+import { isRunning } from "./exchange.js";
 import { canRetry, canStop, MAX_QUESTION_CHARACTERS } from "./state.js";
 import { STRINGS } from "./strings.js";
 
@@ -12,7 +13,7 @@ const AT_BOTTOM_PX = 24;
 export class View {
   #views = new Map(); // exchange id -> ExchangeView
   #shown = { strings: null, models: null, phase: null };
-  #finished = null; // what has been announced already: Map id -> status
+  #finished = null; // what has been announced already: Map id -> whether it had ended
   #isAtBottom = true;
 
   constructor(keyProblem) {
@@ -32,7 +33,7 @@ export class View {
     if (strings !== this.#shown.strings) this.#translate(strings);
     this.#shown.strings = strings;
     this.#renderConnection(state, strings, nowMs);
-    this.#renderExchanges(state, strings);
+    this.#renderExchanges(state, strings, nowMs);
     this.#renderModels(state);
     this.renderComposer(state);
     this.#announce(state, strings);
@@ -135,10 +136,10 @@ export class View {
     if (phase === "open" && before !== null && before !== "key") this.say(strings.connectionBack);
   }
 
-  #renderExchanges(state, strings) {
-    const hasModel = state.model !== null;
-    const isOpen = state.connection.phase === "open";
-    const queuedText = isOpen ? (hasModel ? strings.queued : strings.queuedNoModel) : strings.queuedOffline;
+  #renderExchanges(state, strings, nowMs) {
+    const { phase } = state.connection;
+    const queuedText = phase !== "open" ? strings.queuedOffline : state.model !== null ? strings.queued : strings.queuedNoModel;
+    const awayText = phase === "open" || phase === "connecting" ? strings.pickingUp : strings.pickUpLater;
     const ids = new Set(state.exchanges.map((exchange) => exchange.id));
     for (const [id, view] of this.#views) {
       if (ids.has(id)) continue;
@@ -151,7 +152,8 @@ export class View {
       if (this.conversation.children[index] !== view.root) {
         this.conversation.insertBefore(view.root, this.conversation.children[index] ?? null);
       }
-      view.show(exchange, { strings, retryable: canRetry(state, exchange), queuedText });
+      view.show(exchange, { strings, retryable: canRetry(state, exchange), queuedText, awayText });
+      view.showElapsed(nowMs);
     });
     this.welcome.hidden = state.exchanges.length > 0 || state.connection.phase === "key";
   }
@@ -168,12 +170,12 @@ export class View {
   }
 
   #announce({ exchanges }, strings) {
-    const running = new Set(["queued", "sent", "streaming", "stopping"]);
+    const isFinished = (exchange) => exchange.status !== "queued" && !isRunning(exchange);
     const previous = this.#finished;
-    this.#finished = new Map(exchanges.map((exchange) => [exchange.id, exchange.status]));
+    this.#finished = new Map(exchanges.map((exchange) => [exchange.id, isFinished(exchange)]));
     if (previous === null) return;
     for (const exchange of exchanges) {
-      if (!running.has(previous.get(exchange.id)) || running.has(exchange.status)) continue;
+      if (previous.get(exchange.id) !== false || !isFinished(exchange)) continue;
       this.say(announcement(exchange, strings));
     }
   }

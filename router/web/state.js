@@ -1,20 +1,15 @@
 // Everything the page knows, in one place: (state, event) -> state. Pure; knows no DOM, socket, clock or storage.
 //
-// An exchange is a question and its answer. Its status:
-//
-//   queued --sent--> sent --created--> streaming --ended--> done | incomplete | failed | interrupted | stopped
-//     |                |                   |
-//     +--stop--> unsent +------ stop ------+--> stopping --ended--> stopped
-//
-// At most one exchange is sent, streaming or stopping: the server answers one at a time per connection, and
-// text deltas do not name their response.
+// At most one exchange is running (sent, streaming, away or stopping; see exchange.js): the server answers one at
+// a time per connection, and text deltas do not name their response.
 
-import { cancelRequest, createRequest } from "./wire.js";
+import { hear, isRunning, lose, newExchange, stop } from "./exchange.js";
+import { ASKED } from "./resume.js";
+import { cancelRequest, createRequest, resumeRequest } from "./wire.js";
 
 export const MAX_QUESTION_CHARACTERS = 100_000;
 const MAX_EXCHANGES = 200;
-const MAX_SENDS = 3; // of one question whose connection was lost before the answer began
-const RUNNING = new Set(["sent", "streaming", "stopping"]);
+const MAX_ABANDONED = 8;
 
 export function initialState({ language, exchanges = [], model = null }) {
   return {
@@ -27,6 +22,11 @@ export function initialState({ language, exchanges = [], model = null }) {
     nextId: exchanges.reduce((most, exchange) => Math.max(most, exchange.id + 1), 1),
     // A response of a conversation the person has left; nothing is sent until the server has ended it.
     leaving: null,
+    // Responses that nobody waits for and that no connection says anything of: the next one cancels them, once. Should
+    // that be lost too, the server ends them itself for want of a reader.
+    abandoned: [],
+    // What this connection may still say belongs to an abandoned response: only a fresh one is of use.
+    isStale: false,
   };
 }
 
@@ -45,13 +45,21 @@ export function reduce(state, event) {
     case "retry":
       return retry(state, event.id);
     case "sending":
-      return update(state, event.id, (exchange) => ({ status: "sent", model: state.model, sends: exchange.sends + 1 }));
+      return mapExchanges(state, (exchange) =>
+        exchange.id === event.id
+          ? { ...exchange, status: "sent", model: state.model, sends: exchange.sends + 1, sentAtMs: event.atMs }
+          : exchange,
+      );
+    case "resuming":
+      return mapRunning(state, (exchange) => ({ ...exchange, pickup: ASKED }));
     case "stop":
-      return stop(state);
+      return mapExchanges(abandonAway(state), stop);
     case "cancelling":
       return state.leaving
         ? { ...state, leaving: { ...state.leaving, cancelled: true } }
-        : updateRunning(state, { cancelled: true });
+        : mapRunning(state, (exchange) => ({ ...exchange, cancelled: true }));
+    case "abandoning":
+      return { ...state, abandoned: state.abandoned.filter((id) => id !== event.responseId) };
     case "new_conversation":
       return leave(state);
     case "server":
@@ -61,58 +69,51 @@ export function reduce(state, event) {
   }
 }
 
-/** What to send now, and the event that says it was sent; or null. */
-export function nextSend(state) {
-  if (state.connection.phase !== "open") return null;
-  const ending = state.leaving ?? stopping(state);
+/** What to send at `nowMs`, and the event that says it was sent; or null. */
+export function nextSend(state, nowMs) {
+  if (state.connection.phase !== "open" || state.isStale) return null;
+  const [responseId] = state.abandoned;
+  if (responseId) return { message: cancelRequest(responseId), event: { type: "abandoning", responseId } };
+  const exchange = running(state);
+  const ending = state.leaving ?? (exchange?.status === "stopping" ? exchange : null);
   if (ending) {
     const mayCancel = ending.responseId !== null && !ending.cancelled;
     return mayCancel ? { message: cancelRequest(ending.responseId), event: { type: "cancelling" } } : null;
   }
-  if (running(state) || state.model === null) return null;
-  const index = state.exchanges.findIndex((exchange) => exchange.status === "queued");
+  if (exchange?.pickup?.phase === "wanted") {
+    return { message: resumeRequest(exchange.responseId, exchange.sequence), event: { type: "resuming" } };
+  }
+  if (exchange || state.model === null) return null;
+  const index = state.exchanges.findIndex((candidate) => candidate.status === "queued");
   if (index < 0) return null;
   return {
     message: createRequest(state.exchanges, index, state.model),
-    event: { type: "sending", id: state.exchanges[index].id },
+    event: { type: "sending", id: state.exchanges[index].id, atMs: nowMs },
   };
 }
 
+/** What the server owes us, in the words of watch.js. */
+export function awaits(state) {
+  if (state.connection.phase !== "open") return null;
+  const exchange = running(state);
+  if (state.leaving) return "answer";
+  if (!exchange || exchange.pickup?.phase === "refused") return "nothing";
+  return exchange.status === "sent" ? "begin" : "answer";
+}
+
 export function running(state) {
-  return state.exchanges.find((exchange) => RUNNING.has(exchange.status)) ?? null;
+  return state.exchanges.find(isRunning) ?? null;
 }
 
 /** Something that the Stop button ends: a running answer, or a question that waits to be sent. */
 export function canStop(state) {
-  return state.exchanges.some((exchange) => RUNNING.has(exchange.status) || exchange.status === "queued");
+  return state.exchanges.some((exchange) => isRunning(exchange) || exchange.status === "queued");
 }
 
 /** Asking again is offered for what was never sent, and for the end of the conversation. */
 export function canRetry(state, exchange) {
   const isLast = state.exchanges.at(-1) === exchange;
   return exchange.status === "unsent" || (isLast && ["interrupted", "failed", "stopped"].includes(exchange.status));
-}
-
-function stopping(state) {
-  const exchange = running(state);
-  return exchange?.status === "stopping" ? exchange : null;
-}
-
-function newExchange(id, question) {
-  return {
-    id,
-    question,
-    answer: "",
-    status: "queued",
-    responseId: null,
-    cancelled: false,
-    node: null,
-    movedFrom: null,
-    model: null,
-    progress: null,
-    error: null,
-    sends: 0,
-  };
 }
 
 function ask(state, question) {
@@ -133,97 +134,48 @@ function retry(state, id) {
   return { ...state, exchanges: [...others, newExchange(id, exchange.question)] };
 }
 
-function stop(state) {
-  return mapExchanges(state, (exchange) => {
-    if (exchange.status === "queued") return { ...exchange, status: "unsent" };
-    if (exchange.status === "sent" || exchange.status === "streaming") return { ...exchange, status: "stopping" };
-    return exchange;
-  });
-}
-
 function leave(state) {
   const exchange = running(state);
-  const leaving = exchange ? { responseId: exchange.responseId, cancelled: exchange.cancelled } : state.leaving;
-  return { ...state, exchanges: [], leaving };
+  if (!exchange) return { ...state, exchanges: [] };
+  if (exchange.status === "away") return { ...abandonAway(state), exchanges: [] };
+  return { ...state, exchanges: [], leaving: { responseId: exchange.responseId, cancelled: exchange.cancelled } };
+}
+
+/** Nobody waits any more for an answer that is away. A resume that was asked for may still be answered. */
+function abandonAway(state) {
+  const exchange = running(state);
+  if (exchange?.status !== "away") return state;
+  return { ...abandon(state, exchange), isStale: state.connection.phase === "open" };
+}
+
+function abandon(state, { responseId }) {
+  if (responseId === null) return state;
+  return { ...state, abandoned: [...state.abandoned, responseId].slice(-MAX_ABANDONED) };
 }
 
 function onConnection(state, connection) {
-  const next = { ...state, connection, leaving: connection.phase === "open" ? state.leaving : null };
-  if (connection.phase === "open") return next;
-  return mapExchanges(next, (exchange) => {
-    switch (exchange.status) {
-      case "queued":
-        return connection.phase === "closed" ? { ...exchange, status: "unsent" } : exchange;
-      case "sent":
-        return exchange.sends < MAX_SENDS && connection.phase !== "closed"
-          ? { ...exchange, status: "queued" }
-          : { ...exchange, status: "unsent" };
-      case "streaming":
-        return { ...exchange, status: "interrupted", progress: null };
-      case "stopping":
-        return { ...exchange, status: "stopped", progress: null };
-      default:
-        return exchange;
-    }
-  });
+  if (connection.phase === "open") return { ...state, connection };
+  const exchange = running(state);
+  const ending = state.leaving ?? (exchange?.status === "stopping" ? exchange : null);
+  const next = { ...(ending ? abandon(state, ending) : state), connection, leaving: null, isStale: false };
+  return mapExchanges(next, (each) => lose(each, connection.phase === "closed"));
 }
 
 function onServer(state, event) {
   const exchange = running(state);
-  if (!exchange) return state;
-  switch (event.type) {
-    case "created":
-      return updateRunning(state, {
-        responseId: event.responseId,
-        status: exchange.status === "sent" ? "streaming" : exchange.status,
-      });
-    case "message_begins":
-      return exchange.answer === "" ? state : updateRunning(state, { answer: `${exchange.answer}\n\n` });
-    case "text":
-      return updateRunning(state, { answer: exchange.answer + event.text, progress: null });
-    case "node":
-      return onNode(state, exchange, event);
-    case "progress":
-      return exchange.answer === "" ? updateRunning(state, { progress: event.computed / Math.max(1, event.total) }) : state;
-    case "ended":
-      if (event.responseId !== exchange.responseId) return state;
-      return updateRunning(state, { status: endStatus(exchange, event.status), error: event.error, progress: null });
-    case "refused":
-      return onRefused(state, exchange, event.error);
-    default:
-      throw new Error(`unknown server event ${event.type}`);
-  }
+  if (!exchange || state.isStale) return state;
+  const isForgotten = event.type === "refused" && event.error.code === "previous_response_not_found";
+  return (isForgotten && askWithItems(state, exchange)) || mapRunning(state, (each) => hear(each, event));
 }
 
-function endStatus(exchange, status) {
-  return exchange.status === "stopping" && status !== "done" ? "stopped" : status;
-}
-
-function onNode(state, exchange, { responseId, node, region }) {
-  // The node may be named before or after `response.created`; it is never named for another response here.
-  if (exchange.responseId !== null && responseId !== exchange.responseId) return state;
-  const moved = exchange.node !== null && exchange.node.name !== node;
-  return updateRunning(state, {
-    node: { name: node, region },
-    movedFrom: moved ? exchange.node.name : exchange.movedFrom,
+/** Forget every stored response, so that the same question travels again with the whole conversation; null: there is none. */
+function askWithItems(state, exchange) {
+  const index = state.exchanges.indexOf(exchange);
+  if (!state.exchanges.slice(0, index).some((earlier) => earlier.responseId !== null)) return null;
+  return mapExchanges(state, (other, at) => {
+    if (at === index) return { ...other, status: other.status === "stopping" ? "stopped" : "queued" };
+    return at < index ? { ...other, responseId: null } : other;
   });
-}
-
-function onRefused(state, exchange, error) {
-  if (error.param === "response_id") return state; // a cancel that came after the end
-  if (error.code === "previous_response_not_found") {
-    const index = state.exchanges.indexOf(exchange);
-    const named = state.exchanges.slice(0, index).some((earlier) => earlier.responseId !== null);
-    // Forget every stored response, so that the same question travels again with the whole conversation.
-    if (named) {
-      return mapExchanges(state, (other, at) => {
-        if (at === index) return { ...other, status: other.status === "stopping" ? "stopped" : "queued" };
-        return at < index ? { ...other, responseId: null } : other;
-      });
-    }
-  }
-  const status = exchange.status === "stopping" ? "stopped" : exchange.answer !== "" ? "interrupted" : "failed";
-  return updateRunning(state, { status, error, progress: null });
 }
 
 function onServerWhileLeaving(state, event) {
@@ -244,11 +196,6 @@ function mapExchanges(state, change) {
   return { ...state, exchanges: state.exchanges.map(change) };
 }
 
-function update(state, id, change) {
-  return mapExchanges(state, (exchange) => (exchange.id === id ? { ...exchange, ...change(exchange) } : exchange));
-}
-
-function updateRunning(state, changes) {
-  const exchange = running(state);
-  return exchange ? update(state, exchange.id, () => changes) : state;
+function mapRunning(state, change) {
+  return mapExchanges(state, (exchange) => (isRunning(exchange) ? change(exchange) : exchange));
 }

@@ -1,6 +1,10 @@
 // What survives a reload. Preferences live in localStorage; the conversation in sessionStorage, so that two
-// tabs never overwrite each other. Every write may fail (quota, private mode): the page then works from memory.
+// tabs never overwrite each other (a duplicated tab has its own copy, and both may read one answer to its end). An
+// exchange is written whole: its answer and the number of its last event never part. Every write may fail (quota, private mode): the page then works from memory.
 // Knows nothing of the page; what it reads back is checked, never trusted.
+
+import { newExchange } from "./exchange.js";
+import { WANTED } from "./resume.js";
 
 const CONVERSATION = "edgechat.conversation";
 const MAX_STORED_CHARACTERS = 1_000_000;
@@ -58,7 +62,7 @@ export function pack(exchanges, limit) {
   return JSON.stringify(exchanges.slice(first));
 }
 
-/** The reverse of `pack`; what was running when the page went away is now interrupted or was never sent. */
+/** The reverse of `pack`; an answer that was running when the page went away is away, and will be picked up. */
 export function unpack(json) {
   let parsed;
   try {
@@ -67,20 +71,28 @@ export function unpack(json) {
     return [];
   }
   if (!Array.isArray(parsed)) return [];
-  return parsed.filter(isExchange).map((exchange) => ({
-    id: exchange.id,
-    question: exchange.question,
-    answer: exchange.answer,
-    status: ENDED.has(exchange.status) ? exchange.status : statusAfterReload(exchange.status),
-    responseId: text(exchange.responseId),
-    cancelled: false,
-    node: text(exchange.node?.name) ? { name: exchange.node.name, region: text(exchange.node.region) ?? "" } : null,
-    movedFrom: text(exchange.movedFrom),
-    model: text(exchange.model),
-    progress: null,
-    error: text(exchange.error?.code) ? { param: null, retryable: false, sentence: "", ...exchange.error } : null,
-    sends: 0,
-  }));
+  const stored = parsed.filter(isExchange);
+  const newestRunning = stored.findLast((exchange) => exchange.status === "streaming" || exchange.status === "away");
+  return stored.map((exchange) => unpackExchange(exchange, exchange === newestRunning));
+}
+
+function unpackExchange(stored, mayRun) {
+  const responseId = text(stored.responseId);
+  const isAway = mayRun && responseId !== null && Number.isSafeInteger(stored.sequence) && stored.sequence >= 0;
+  return {
+    ...newExchange(stored.id, stored.question),
+    answer: stored.answer,
+    sequence: isAway ? stored.sequence : -1,
+    status: isAway ? "away" : ENDED.has(stored.status) ? stored.status : statusAfterReload(stored.status),
+    responseId,
+    pickup: isAway ? WANTED : null,
+    node: text(stored.node?.name) ? { name: stored.node.name, region: text(stored.node.region) ?? "" } : null,
+    movedFrom: text(stored.movedFrom),
+    model: text(stored.model),
+    progress: isAway && stored.progress >= 0 && stored.progress <= 1 ? stored.progress : null,
+    sentAtMs: Number.isFinite(stored.sentAtMs) ? stored.sentAtMs : null,
+    error: text(stored.error?.code) ? { param: null, retryable: false, sentence: "", ...stored.error } : null,
+  };
 }
 
 function statusAfterReload(status) {

@@ -17,6 +17,11 @@ export function cancelRequest(responseId) {
   return { type: "response.cancel", response_id: responseId };
 }
 
+/** Ask for the events after number `sequence`; they come as if the connection had never been lost. */
+export function resumeRequest(responseId, sequence) {
+  return { type: "edgechat:resume", response_id: responseId, starting_after: sequence };
+}
+
 /**
  * The request for `exchanges[index]`: the newest stored response before it is named, and whatever was
  * said since (an interrupted answer, say) travels as items. With no stored response the whole
@@ -47,25 +52,40 @@ function isStored(exchange) {
   return exchange.responseId !== null && (exchange.status === "done" || exchange.status === "incomplete");
 }
 
-/** One frame's text -> an event for state.js, or null for what the page has no use for. */
+/**
+ * One frame's text -> an event for state.js, or null for what the page has no use for. Events of a response's log
+ * carry their number as `sequence`, also those of which nothing else matters ("other").
+ */
 export function readFrame(text) {
   let message;
   try {
     message = JSON.parse(text);
   } catch {
-    return { type: "refused", error: readError({ code: "bad_frame", message: text.slice(0, 200) }) };
+    return badFrame(text);
   }
   switch (message?.type) {
-    case "response.created":
-      return { type: "created", responseId: message.response.id };
-    case "response.output_item.added":
-      return message.item?.type === "message" ? { type: "message_begins" } : null;
-    case "response.output_text.delta":
-      return { type: "text", text: message.delta };
     case "edgechat:node":
       return { type: "node", responseId: message.response_id, node: message.node, region: message.region };
     case "edgechat:progress":
       return { type: "progress", responseId: message.response_id, computed: message.computed, total: message.total };
+    case "error":
+      return { type: "refused", error: readError({ ...message.error, ...message }) };
+    default: {
+      if (typeof message?.type !== "string" || !message.type.startsWith("response.")) return null;
+      const sequence = message.sequence_number;
+      return Number.isSafeInteger(sequence) ? { ...readLogged(message), sequence } : badFrame(text);
+    }
+  }
+}
+
+function readLogged(message) {
+  switch (message.type) {
+    case "response.created":
+      return { type: "created", responseId: message.response.id };
+    case "response.output_item.added":
+      return { type: message.item?.type === "message" ? "message_begins" : "other" };
+    case "response.output_text.delta":
+      return { type: "text", text: message.delta };
     case "response.completed":
       return { type: "ended", responseId: message.response.id, status: "done", error: null };
     case "response.incomplete": {
@@ -76,20 +96,27 @@ export function readFrame(text) {
       const error = readError(message.response.error ?? {});
       return { type: "ended", responseId: message.response.id, status: error.retryable ? "interrupted" : "failed", error };
     }
-    case "error":
-      return { type: "refused", error: readError({ ...message.error, ...message }) };
     default:
-      return null;
+      return { type: "other" };
   }
 }
 
-/** Our code leads the sentence where the SDK's closed list had no room for it ("node_lost: …"). */
-function readError({ code, edgechat_code: ourCode, message = "", param = null, retryable = false }) {
+function badFrame(text) {
+  return { type: "refused", error: readError({ code: "bad_frame", message: text.slice(0, 200) }) };
+}
+
+/**
+ * Our code leads the sentence where the SDK's closed list had no room for it ("node_lost: …"). Retryable: the same
+ * may work later; an `error` event says so by its status or by when to come back.
+ */
+function readError(error) {
+  const { code, edgechat_code: ourCode, message = "", param = null, retryable, status, retry_after_ms: retryAfterMs } = error;
   const led = /^([a-z][a-z_]{2,60}): (.+)$/s.exec(message);
   return {
     code: ourCode ?? led?.[1] ?? code ?? "server_error",
     sentence: led ? led[2] : message,
     param,
-    retryable: Boolean(retryable),
+    retryable: retryable ?? (status === 503 || Number.isFinite(retryAfterMs)),
+    retryAfterMs: Number.isFinite(retryAfterMs) ? retryAfterMs : null,
   };
 }

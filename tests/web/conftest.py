@@ -11,6 +11,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, Page, async_playwright
 
 from tests.web.fake_router import FakeRouter
+from tests.web.modules import Module
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -33,6 +34,18 @@ async def browser() -> AsyncIterator[Browser]:
         chromium = await playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
         yield chromium
         await chromium.close()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def modules(browser: Browser) -> AsyncIterator[Module]:
+    """One page for all: the modules keep nothing between calls."""
+    router = FakeRouter()
+    await router.up()
+    page = await browser.new_page()
+    await page.goto(router.url)
+    yield Module(page)
+    await page.close()
+    await router.down()
 
 
 @pytest_asyncio.fixture(loop_scope="session")

@@ -2,52 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any
-
 import pytest
-import pytest_asyncio
-from playwright.async_api import Browser, Page
 
-from tests.web.fake_router import FakeRouter
+from tests.web.modules import Module
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-
-
-class Module:
-    """`await run(body, argument)` evaluates a function body with every module in scope."""
-
-    IMPORTS = """
-      const [backoff, markdown, state, storage, strings, wire] = await Promise.all(
-        ["backoff", "markdown", "state", "storage", "strings", "wire"].map((name) => import(`/web/${name}.js`)));
-      const open = { phase: "open", retryAtMs: null, reason: "" };
-      const lost = { phase: "waiting", retryAtMs: 0, reason: "" };
-      const closed = { phase: "closed", retryAtMs: null, reason: "" };
-      const play = (events, from = state.initialState({ language: "en" })) => events.reduce(state.reduce, from);
-      const server = (event) => ({ type: "server", event });
-      const connect = [{ type: "connection", connection: open }, { type: "models", models: ["m"] }];
-      const asked = [...connect, { type: "asked", question: "Hello" }, { type: "sending", id: 1 }];
-      const begun = [...asked, server({ type: "created", responseId: "r1" }), server({ type: "text", text: "Hi" })];
-      const done = [...begun, server({ type: "ended", responseId: "r1", status: "done", error: null })];
-    """
-
-    def __init__(self, page: Page) -> None:
-        self._page = page
-
-    async def run(self, body: str, argument: object = None) -> Any:
-        return await self._page.evaluate(f"async (argument) => {{ {self.IMPORTS} {body} }}", argument)
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def modules(browser: Browser) -> AsyncIterator[Module]:
-    """One page for all: the modules keep nothing between calls."""
-    router = FakeRouter()
-    await router.up()
-    page = await browser.new_page()
-    await page.goto(router.url)
-    yield Module(page)
-    await page.close()
-    await router.down()
 
 
 # -- backoff
@@ -78,20 +37,11 @@ async def test_an_answer_grows_and_ends(modules: Module) -> None:
 
 async def test_a_question_asked_while_offline_is_sent_on_return(modules: Module) -> None:
     sent = await modules.run("""
-      const offline = play([{ type: "connection", connection: lost }, { type: "asked", question: "Hello" }]);
+      const offline = play([cut, { type: "asked", question: "Hello" }]);
       const online = play(connect, offline);
-      return [state.nextSend(offline), state.nextSend(online).message];""")
+      return [sends(offline), sends(online)];""")
     assert sent[0] is None
     assert sent[1] == {"type": "response.create", "model": "m", "input": "Hello", "store": True}
-
-
-async def test_a_connection_lost_mid_answer_keeps_what_came_and_offers_to_try_again(modules: Module) -> None:
-    status, answer, retryable, question = await modules.run("""
-      const cut = play([...begun, { type: "connection", connection: lost }]);
-      const again = play([{ type: "retry", id: 1 }, ...connect], cut);
-      const [exchange] = cut.exchanges;
-      return [exchange.status, exchange.answer, state.canRetry(cut, exchange), state.nextSend(again).message.input];""")
-    assert (status, answer, retryable, question) == ("interrupted", "Hi", True, "Hello")
 
 
 async def test_a_question_whose_answer_never_began_is_sent_again_but_not_for_ever(modules: Module) -> None:
@@ -101,7 +51,7 @@ async def test_a_question_whose_answer_never_began_is_sent_again_but_not_for_eve
       for (let round = 0; round < 3; round += 1) {
         now = play([{ type: "connection", connection: lost }], now);
         seen.push(now.exchanges[0].status);
-        now = play([...connect, { type: "sending", id: 1 }], now);
+        now = play([...connect, { type: "sending", id: 1, atMs: 0 }], now);
       }
       return seen;""")
     assert statuses == ["queued", "queued", "unsent"]
@@ -110,7 +60,7 @@ async def test_a_question_whose_answer_never_began_is_sent_again_but_not_for_eve
 async def test_one_question_at_a_time_is_under_way(modules: Module) -> None:
     first, second = await modules.run("""
       const busy = play([...begun, { type: "asked", question: "And then?" }]);
-      const free = play([server({ type: "ended", responseId: "r1", status: "done", error: null })], busy);
+      const free = play([ended("done", 2)], busy);
       return [state.nextSend(busy), state.nextSend(free).message];""")
     assert first is None
     assert (second["input"], second["previous_response_id"]) == ("And then?", "r1")
@@ -120,8 +70,8 @@ async def test_stop_cancels_once_and_waits_for_the_end(modules: Module) -> None:
     cancel, after, end = await modules.run("""
       const stopping = play([...begun, { type: "stop" }]);
       const cancelled = play([state.nextSend(stopping).event], stopping);
-      const ended = play([server({ type: "ended", responseId: "r1", status: "stopped", error: null })], cancelled);
-      return [state.nextSend(stopping).message, state.nextSend(cancelled), ended.exchanges[0]];""")
+      const stopped = play([ended("stopped", 2)], cancelled);
+      return [state.nextSend(stopping).message, state.nextSend(cancelled), stopped.exchanges[0]];""")
     assert cancel == {"type": "response.cancel", "response_id": "r1"}
     assert after is None
     assert (end["status"], end["answer"]) == ("stopped", "Hi")
@@ -130,7 +80,7 @@ async def test_stop_cancels_once_and_waits_for_the_end(modules: Module) -> None:
 async def test_a_stop_before_the_answer_began_waits_for_its_id(modules: Module) -> None:
     before, after = await modules.run("""
       const early = play([...asked, { type: "stop" }]);
-      return [state.nextSend(early), state.nextSend(play([server({ type: "created", responseId: "r1" })], early))];""")
+      return [state.nextSend(early), state.nextSend(play([created], early))];""")
     assert before is None
     assert after["message"]["response_id"] == "r1"
 
@@ -138,9 +88,9 @@ async def test_a_stop_before_the_answer_began_waits_for_its_id(modules: Module) 
 async def test_what_a_left_conversation_still_says_stays_out_of_the_new_one(modules: Module) -> None:
     answers, cancel, held, sent = await modules.run("""
       const left = play([...asked, { type: "new_conversation" }, { type: "asked", question: "New" }]);
-      const late = play([server({ type: "created", responseId: "r1" }), server({ type: "text", text: "old" })], left);
+      const late = play([created, says("old", 1)], left);
       const told = play([state.nextSend(late).event], late);
-      const free = play([server({ type: "ended", responseId: "r1", status: "stopped", error: null })], told);
+      const free = play([ended("stopped", 2)], told);
       return [free.exchanges.map((exchange) => exchange.answer), state.nextSend(late).message, state.nextSend(told),
               state.nextSend(free).message];""")
     assert answers == [""]
@@ -151,7 +101,7 @@ async def test_what_a_left_conversation_still_says_stays_out_of_the_new_one(modu
 
 async def test_a_forgotten_previous_response_is_replaced_by_the_whole_conversation(modules: Module) -> None:
     again = await modules.run("""
-      const second = play([...done, { type: "asked", question: "More" }, { type: "sending", id: 2 }]);
+      const second = play([...done, { type: "asked", question: "More" }, { type: "sending", id: 2, atMs: 0 }]);
       const error = { code: "previous_response_not_found", sentence: "", param: "previous_response_id" };
       return state.nextSend(play([server({ type: "refused", error })], second)).message;""")
     assert "previous_response_id" not in again
@@ -164,10 +114,12 @@ async def test_a_forgotten_previous_response_is_replaced_by_the_whole_conversati
 
 async def test_an_interrupted_answer_travels_as_items_behind_the_last_stored_one(modules: Module) -> None:
     request = await modules.run("""
-      const cut = play([...done, { type: "asked", question: "Two" }, { type: "sending", id: 2 },
-        server({ type: "created", responseId: "r2" }), server({ type: "text", text: "half" }),
-        { type: "connection", connection: lost }, { type: "asked", question: "Three" }, ...connect]);
-      return state.nextSend(cut).message;""")
+      const error = { code: "node_lost", sentence: "", param: null };
+      const two = play([...done, { type: "asked", question: "Two" }, { type: "sending", id: 2, atMs: 0 },
+        server({ type: "created", responseId: "r2" }, 0), says("half", 1),
+        server({ type: "ended", responseId: "r2", status: "interrupted", error }, 2),
+        { type: "asked", question: "Three" }]);
+      return sends(two);""")
     assert request["previous_response_id"] == "r1"
     assert [item["content"] for item in request["input"]] == ["Two", "half", "Three"]
 
@@ -199,7 +151,7 @@ async def test_a_node_that_takes_over_is_named_with_the_one_before(modules: Modu
 
 async def test_our_code_is_found_in_front_of_the_sentence(modules: Module) -> None:
     ended = await modules.run(
-        """return wire.readFrame(JSON.stringify({ type: "response.failed", response: { id: "r1",
+        """return wire.readFrame(JSON.stringify({ type: "response.failed", sequence_number: 9, response: { id: "r1",
         error: { code: "server_error", message: "node_lost: The node was lost.", retryable: true } } }));"""
     )
     assert (ended["status"], ended["error"]["code"], ended["error"]["sentence"]) == (
@@ -209,9 +161,18 @@ async def test_our_code_is_found_in_front_of_the_sentence(modules: Module) -> No
     )
 
 
-async def test_unknown_events_are_ignored_and_nonsense_is_reported(modules: Module) -> None:
-    assert await modules.run("""return wire.readFrame('{"type": "response.in_progress"}');""") is None
-    assert (await modules.run("return wire.readFrame('<html>');"))["error"]["code"] == "bad_frame"
+async def test_an_event_that_says_nothing_here_still_counts(modules: Module) -> None:
+    read = 'return wire.readFrame(\'{"type": "response.in_progress", "sequence_number": 1}\');'
+    assert await modules.run(read) == {"type": "other", "sequence": 1}
+
+
+@pytest.mark.parametrize("frame", ["<html>", '{"type": "response.output_text.delta", "delta": "x"}'])
+async def test_nonsense_and_events_without_a_number_are_reported(modules: Module, frame: str) -> None:
+    assert (await modules.run("return wire.readFrame(argument);", frame))["error"]["code"] == "bad_frame"
+
+
+async def test_messages_of_other_kinds_are_ignored(modules: Module) -> None:
+    assert await modules.run("""return wire.readFrame('{"type": "edgechat:notification"}');""") is None
 
 
 @pytest.mark.parametrize(
@@ -222,13 +183,6 @@ async def test_a_key_must_fit_into_a_subprotocol(modules: Module, key: str, usab
 
 
 # -- storage
-
-
-async def test_what_ran_during_a_reload_comes_back_as_interrupted(modules: Module) -> None:
-    statuses = await modules.run("""
-      const { exchanges } = play([...begun, { type: "asked", question: "Waiting" }]);
-      return storage.unpack(storage.pack(exchanges, 1e6)).map((exchange) => exchange.status);""")
-    assert statuses == ["interrupted", "unsent"]
 
 
 async def test_the_oldest_exchanges_give_way_when_storage_is_short(modules: Module) -> None:

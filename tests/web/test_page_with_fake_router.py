@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import expect
 
 from tests.web.conftest import OpenPage
 from tests.web.fake_router import FakeRouter, Turn
+from tests.web.steps import LOW_CONTRAST, PHONE, ask, expect_phase, expect_status, wait_long
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-PHONE: dict[str, Any] = {"viewport": {"width": 320, "height": 568}, "has_touch": True, "is_mobile": True}
-
-
-async def ask(page: Page, text: str) -> None:
-    await page.fill("#question", text)
-    await page.press("#question", "Enter")
-
-
-async def expect_status(page: Page, status: str) -> None:
-    await expect(page.locator(".exchange").last).to_have_attribute("data-status", status)
-
-
-async def expect_phase(page: Page, phase: str) -> None:
-    await expect(page.locator("#status")).to_have_attribute("data-phase", phase)
-
-
-async def wait_long(page: Page) -> None:
-    """From now on the page draws the longest wait before it reconnects, and a first one of 30 s."""
-    await page.evaluate("() => { Math.random = () => 60; }")
 
 
 # -- a conversation
@@ -144,26 +125,6 @@ async def test_an_answer_and_its_code_can_be_copied(open_page: OpenPage, router:
 
 
 # -- when things break
-
-
-async def test_a_connection_cut_mid_answer_leaves_it_interrupted_and_a_retry_completes_it(
-    open_page: OpenPage, router: FakeRouter
-) -> None:
-    async def cut(turn: Turn) -> None:
-        await turn.created()
-        await turn.says("The Rhine rises in")
-        await turn.drops()
-
-    router.script = cut
-    page = await open_page()
-    await ask(page, "Rhine?")
-    await expect_status(page, "interrupted")
-    await expect(page.locator(".answer")).to_have_text("The Rhine rises in")
-    router.script = lambda turn: turn.answers("It rises in the Alps.")
-    await page.click("[data-do=retry]")
-    await expect_status(page, "done")
-    await expect(page.locator(".answer")).to_have_text("It rises in the Alps.")
-    assert await page.locator(".exchange").count() == 1
 
 
 async def test_a_lost_node_is_explained_and_the_answer_can_be_asked_again(
@@ -468,28 +429,3 @@ async def test_all_text_has_enough_contrast(open_page: OpenPage, router: FakeRou
     await page.click("#try-now")
     await expect(page.locator("#key")).to_be_visible()
     assert await page.evaluate(LOW_CONTRAST) == []
-
-
-# WCAG 2.2, 1.4.3: every visible text against the nearest background behind it.
-LOW_CONTRAST = """() => {
-  const parse = (colour) => colour.match(/[0-9.]+/g).map(Number);
-  const luminance = (colour) => {
-    const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-    const [r, g, b] = parse(colour).map((v) => linear(v / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (node) => {
-    const colour = getComputedStyle(node).backgroundColor;
-    return parse(colour)[3] === 0 ? behind(node.parentElement) : colour;
-  };
-  const found = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let text = walker.nextNode(); text; text = walker.nextNode()) {
-    const node = text.parentElement;
-    if (!text.data.trim() || !node.checkVisibility() || node.closest(".offscreen")) continue;
-    const [low, high] = [getComputedStyle(node).color, behind(node)].map(luminance).sort((a, b) => a - b);
-    const ratio = (high + 0.05) / (low + 0.05);
-    if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${node.className} ${text.data.slice(0, 40)}`);
-  }
-  return found;
-}"""
