@@ -19,6 +19,7 @@ from core.frames import PROTOCOL, Hello
 from router.auth import Keyring
 from router.config import Config, LinkSection, Listen, advertised
 from router.dispatch import Dispatcher
+from router.finder import Finder
 from router.fleet import STATUS_PERIOD_S, Fleet
 from router.http.app import make_app
 from router.http.context import Context
@@ -33,6 +34,7 @@ from router.salts import salts
 from router.session import Instant
 from router.sessions import Links, Sessions
 from router.shelf import Shelf
+from router.store.opening import open_store
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,9 @@ def make_context(
         failover_wait_s=config.session.failover_wait_s,
         salt_of=salt_of,
     )
-    dispatcher = Dispatcher(config.router.name, fleet, sessions, shelf.get, clock, salt_of)
+    routers = Peers(secret, link_tls(config.link))
+    finder = Finder(config.router.name, sessions, shelf, routers)
+    dispatcher = Dispatcher(config.router.name, fleet, sessions, finder.record, clock, salt_of)
     return Context(
         config=config,
         keyring=Keyring(config.auth),
@@ -70,7 +74,9 @@ def make_context(
         dispatcher=dispatcher,
         store=shelf,
         keeper=keeper,
-        routers=Peers(secret, link_tls(config.link)),
+        routers=routers,
+        finder=finder,
+        link_secret=secret,
         metrics=metrics,
         now=clock,
     )
@@ -92,8 +98,6 @@ async def run(config: Config, secret: str) -> None:
 async def serving(config: Config, secret: str) -> AsyncIterator[int]:
     """A router from its first to its last connection; yields the port that was bound."""
     instance = secrets.token_hex(4)
-    from router.store.opening import open_store
-
     store = await open_store(config.store, config.router.name, instance)
     hello = Hello(PROTOCOL, config.router.name, instance, config.router.region)
     links = LinkPool(hello, secret, lambda event: _hand_on(context, event), ssl_context=link_tls(config.link))
@@ -118,7 +122,6 @@ async def serving(config: Config, secret: str) -> AsyncIterator[int]:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
     finally:
-        await context.routers.close()
         await links.close()
         await _let_go(store)
         await store.close()
@@ -156,6 +159,8 @@ async def listening(context: Context) -> AsyncIterator[int]:
         await site.stop()
         for peer in list(context.peers):
             await peer.close(DRAIN_CODE)
+        # Streams that are passed on from other routers end with the connections to those.
+        await context.routers.close()
         context.sessions.suspend()
         await context.keeper.drain()
     finally:

@@ -509,7 +509,9 @@ class Session:
         return [Deliver(self.log.open())]
 
     def _serving(self) -> list[Effect]:
-        return [Serving(self.node)] if self._opened and self.node is not None else []
+        # An answer may be complete before its beginning is written.
+        node = self._place.node if self.ended and self._place is not None else self.node
+        return [Serving(node)] if self._opened and node is not None else []
 
     def _close(self) -> list[Effect]:
         assert self._end is not None

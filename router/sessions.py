@@ -362,7 +362,7 @@ class Sessions:
                         reader.on_events(events)
                 case Serving(url):
                     # Not any more, if sending to it has just failed.
-                    if url == session.node and (chosen := self._fleet.nodes.get(url)):
+                    if (session.ended or url == session.node) and (chosen := self._fleet.nodes.get(url)):
                         for reader in list(running.readers):
                             reader.on_serving(chosen)
                 case Reading(computed, total):

@@ -15,6 +15,7 @@ from core.frames import (
     Cancel,
     Delta,
     Done,
+    Drain,
     Failed,
     Finish,
     Generate,
@@ -141,7 +142,7 @@ class FakeNode:
         }
         self.say(Status(**(base | changes)))  # type: ignore[arg-type]
 
-    def say(self, frame: Said | Status) -> None:
+    def say(self, frame: Said | Status | Drain) -> None:
         self.links.on_event(LinkFrame(self.url, frame))
 
 
@@ -213,6 +214,11 @@ class FakeRouter:
     store: SlowStore
     clock: FakeClock
     port: int
+
+    def wait_s(self, seconds: float) -> None:
+        """Let time pass, at the end of which the router looks around."""
+        self.clock.mono_s += seconds
+        self.context.on_tick()
 
     @property
     def url(self) -> str:

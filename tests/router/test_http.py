@@ -73,6 +73,7 @@ async def test_a_chat_stream_that_fails_midway_says_so_in_the_stream(router: Fak
     async with http.post("/v1/chat/completions", json=CHAT | {"stream": True}) as answer:
         await answer.content.readuntil(b"\n\n")
         node.go_down()
+        router.wait_s(15.0)
         blocks = parse_sse((await answer.read()).decode())
     assert json.loads(blocks[-1][1])["error"]["code"] == "node_lost"
 

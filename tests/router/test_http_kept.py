@@ -72,15 +72,15 @@ async def test_a_store_that_cannot_be_read_is_a_503_that_names_no_file(
     router: FakeRouter, http: ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     router.links.node("eu", saying("Hi")).come_up()
-    router.store.full = True
+    router.store.down = True
     async with http.get("/v1/responses/resp_t_1") as answer:
         text = await answer.text()
-        assert (answer.status, "store_unavailable" in text, "sqlite" in text) == (503, True, False)
+        assert (answer.status, "store_unavailable" in text, "memory" in text) == (503, True, False)
     async with http.post("/v1/responses", json=BODY | {"previous_response_id": "resp_t_1"}) as answer:
         assert answer.status == 503
     async with http.post("/v1/responses", json=BODY) as answer:
         assert (answer.status, (await answer.json())["error"]["code"]) == (503, "store_unavailable")
-    assert "router.sqlite is full" in caplog.text
+    assert "The store in memory is down" in caplog.text
 
 
 async def test_cancelling_a_finished_response_answers_with_it_unchanged(

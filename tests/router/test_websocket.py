@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from core.frames import Progress
+from core.frames import Drain, Failed, Progress
 from router.http.kept import Kept
 from tests.router.fakes import CONFIG, MODEL, FakeRouter, done, failing, running_router, saying, tokens, words
 
@@ -443,8 +443,7 @@ async def test_an_answer_leaves_a_suspect_node_when_another_becomes_able(
     _, frame = await router.links.generates.get()
     ids, deltas = words("one", " two")
     near.say(tokens(frame.stream, 1, 0, ids[:1], deltas[:1]))
-    router.clock.mono_s += 2.0
-    router.context.on_tick()
+    router.wait_s(2.0)
     assert router.links.cancels.empty()
     far.come_up()
     router.context.on_tick()
@@ -453,24 +452,24 @@ async def test_an_answer_leaves_a_suspect_node_when_another_becomes_able(
     assert events[-1]["type"] == "response.completed"
     silent, cancel = await router.links.cancels.get()
     assert (silent.hello.name, cancel.epoch) == ("near", 1)
-    assert f"stream {frame.stream} moves from node near to far after 1 ids" in caplog.messages
+    assert f"stream {frame.stream} moves from node near to far after 1 ids (failover)" in caplog.messages
 
 
-async def test_an_answer_is_lost_when_the_link_of_a_suspect_node_breaks(
+async def test_an_answer_on_a_suspect_node_whose_link_breaks_waits_for_another(
     router: FakeRouter, socket: ClientWebSocketResponse
 ) -> None:
     node = router.links.node("eu")
     node.come_up()
     await create(socket)
     await router.links.generates.get()
-    router.clock.mono_s += 2.0
-    router.context.on_tick()
+    router.wait_s(2.0)
     node.go_down()
-    error = (await until_end(socket))[-1]["response"]["error"]
-    assert (error["edgechat_code"], error["retryable"]) == ("node_lost", True)
+    router.links.node("us", saying("one", " two")).come_up()
+    events = await until_end(socket)
+    assert [event["delta"] for event in events if "delta" in event] == ["one", " two"]
 
 
-async def test_a_node_lost_with_no_other_fails_the_answer_retryably(
+async def test_an_answer_that_lost_its_node_fails_retryably_when_no_other_comes(
     router: FakeRouter, socket: ClientWebSocketResponse
 ) -> None:
     node = router.links.node("eu")
@@ -478,40 +477,121 @@ async def test_a_node_lost_with_no_other_fails_the_answer_retryably(
     await create(socket)
     await router.links.generates.get()
     node.go_down()
-    error = (await until_end(socket))[-1]["response"]["error"]
-    assert (error["edgechat_code"], error["retryable"]) == ("node_lost", True)
-    assert "'eu'" in error["message"]
-    assert "ws://" not in error["message"]
-
-
-async def test_the_end_is_told_only_when_the_store_has_it(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
-    router.links.node("eu", saying("Hi")).come_up()
-    router.store.open.clear()
-    await create(socket)
-    types: list[str] = []
-    while not types or types[-1] != "response.output_item.done":
-        types.append((await socket.receive_json(timeout=10))["type"])
-    assert router.store.kept == {}
+    router.wait_s(14.0)
     assert len(router.context.sessions) == 1
+    router.wait_s(1.0)
+    failed = (await until_end(socket))[-1]["response"]
+    assert (failed["error"]["edgechat_code"], failed["error"]["retryable"]) == ("node_lost", True)
+    assert "'eu'" in failed["error"]["message"]
+    assert "ws://" not in failed["error"]["message"]
+    assert ("acme", failed["id"]) in router.store.kept
+
+
+async def test_an_answer_that_lost_its_node_goes_on_with_the_same_one_when_it_is_back(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    ids, deltas = words("one", " two")
+    node.say(tokens(frame.stream, 1, 0, ids[:1], deltas[:1]))
+    node.go_down()
+    router.wait_s(5.0)
+    node.script = saying("one", " two")
+    node.come_up()
+    events = await until_end(socket)
+    assert [event["delta"] for event in events if "delta" in event] == ["one", " two"]
+    assert events[-1]["type"] == "response.completed"
+
+
+async def test_an_answer_that_lost_its_engine_waits_for_the_next_engine_of_that_node(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    node.say(Failed(frame.stream, 1, "engine_lost", True, "The engine died."))
+    node.status(state="failed", engine_pid=0)
+    router.wait_s(0.25)
+    assert len(router.context.sessions) == 1
+    node.script = saying("one", " two")
+    node.status(engine_pid=78)
+    events = await until_end(socket)
+    assert events[-1]["type"] == "response.completed"
+
+
+async def test_a_draining_node_hands_its_answers_over(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
+    near, far = router.links.node("near"), router.links.node("far", saying("one", " two"))
+    near.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    ids, deltas = words("one", " two")
+    near.say(tokens(frame.stream, 1, 0, ids[:1], deltas[:1]))
+    near.say(Drain(5.0))
+    assert router.links.cancels.empty()
+    far.come_up()
+    router.wait_s(0.25)
+    events = await until_end(socket)
+    assert [event["delta"] for event in events if "delta" in event] == ["one", " two"]
+    left, cancel = await router.links.cancels.get()
+    assert (left.hello.name, cancel.epoch) == ("near", 1)
+
+
+async def test_nothing_is_told_before_the_store_has_it(router: FakeRouter, socket: ClientWebSocketResponse) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    assert [(await socket.receive_json(timeout=10))["type"] for _ in range(2)] == [
+        "response.created",
+        "response.in_progress",
+    ]
+    router.store.open.clear()
+    for said in saying("Hi")(frame):
+        node.say(said)
+    pending = asyncio.ensure_future(until_end(socket))
+    await asyncio.sleep(0.05)
+    assert (pending.done(), router.store.kept, len(router.context.sessions)) == (False, {}, 1)
     router.store.open.set()
-    (last,) = await until_end(socket)
+    last = (await pending)[-1]
     assert ("acme", last["response"]["id"]) in router.store.kept
 
 
-async def test_a_store_that_cannot_write_ends_the_stream_retryably_with_no_number_missing(
+async def test_a_request_that_cannot_be_written_down_is_refused_retryably(
     router: FakeRouter, socket: ClientWebSocketResponse
 ) -> None:
     router.links.node("eu", saying("Hi")).come_up()
     router.store.full = True
     await create(socket)
-    events = await until_end(socket)
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    error = events[-1]["response"]["error"]
-    assert (events[-1]["type"], error["edgechat_code"], error["retryable"]) == (
-        "response.failed",
-        "store_unavailable",
-        True,
-    )
+    error = await socket.receive_json(timeout=10)
+    assert (error["type"], error["code"], error["status"]) == ("error", "store_unavailable", 503)
+    assert error["retry_after_ms"] > 0
+
+
+async def test_an_answer_that_cannot_be_written_any_more_stops_and_goes_on_when_it_can(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    created = await socket.receive_json(timeout=10)
+    await socket.receive_json(timeout=10)
+    router.store.full = True
+    ids, deltas = words("one", " two")
+    node.say(tokens(frame.stream, 1, 0, ids[:1], deltas[:1]))
+    error = await socket.receive_json(timeout=10)
+    assert (error["type"], error["code"], error["sequence_number"]) == ("error", "store_unavailable", 0)
+    assert len(router.context.sessions) == 0
+    router.store.full = False
+    node.script = saying("one", " two")
+    sessions = router.context.sessions
+    await router.context.keeper.look_once(sessions.__contains__, sessions.adopt)
+    response_id = created["response"]["id"]
+    await _until(lambda: ("acme", response_id) in router.store.kept)
+    assert router.store.kept["acme", response_id].ids == ids
 
 
 async def test_shutdown_closes_with_1012_and_cancels_what_runs(anyone: ClientSession) -> None:
