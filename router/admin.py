@@ -8,9 +8,11 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from router.config import nameless_routers
 from router.fleet import aliases
-from router.http.context import context_of, principal
+from router.http.context import Context, context_of, principal
 from router.http.middleware import json_response
+from router.registry import RouterAddress
 
 
 async def livez(request: web.Request) -> web.StreamResponse:
@@ -61,5 +63,11 @@ async def edges(request: web.Request) -> web.StreamResponse:
     rows = context.fleet.rows(context.now().mono_s)
     found = [Edge(row.name, row.region, aliases(row.releases), row.state == "ready", row.rtt_ms) for row in rows]
     config = context.config
-    here = {"router": config.router.name, "region": config.router.region, "routers": config.discovery.routers}
+    here = {"router": config.router.name, "region": config.router.region, "routers": _routers(context)}
     return json_response({"object": "list", **here, "data": found})
+
+
+def _routers(context: Context) -> list[RouterAddress]:
+    """Those that are known by name, then those that the configuration lists without one."""
+    nameless = nameless_routers(context.config.discovery.routers)
+    return [*context.routers.addresses, *(RouterAddress("", url) for url in nameless)]

@@ -72,6 +72,12 @@ def presented_key(authorization: str | None, subprotocols: Iterable[str]) -> str
     return None
 
 
+def is_router(authorization: str | None, link_secret: str) -> bool:
+    """Whether a request is another router's: it shows the secret that all routers share. Nobody's is, without one."""
+    offered = digest(presented_key(authorization, ()) or "")
+    return hmac.compare_digest(offered, digest(link_secret)) and bool(link_secret)
+
+
 def subprotocols(header: str | None) -> list[str]:
     """What a client offers in `Sec-WebSocket-Protocol`, in its order."""
     return [offered.strip() for offered in (header or "").split(",") if offered.strip()]

@@ -23,6 +23,7 @@ Positive: TypeAlias = Annotated[int, Meta(ge=1)]
 MIB = 1024 * 1024
 _NAME = re.compile(r"[a-z0-9-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PREFIX = re.compile(r"[A-Za-z0-9_.:-]+")
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,7 +74,19 @@ class Discovery(_Section, frozen=True):
 
 
 class StoreSection(_Section, frozen=True):
+    """path: of the SQLite file, while redis (redis:// or rediss://) and redis_file (which holds such a line) are empty.
+
+    durability: what a response survives once a client saw of it: a killed process, or a power cut too (SQLite only).
+    keep_days, max_bytes: finished responses that are older, or that no longer fit, are forgotten; 0 = no bound.
+    """
+
     path: str = "data/router.sqlite"
+    redis: str = ""
+    redis_file: str = ""
+    redis_prefix: str = "edgechat"
+    durability: Literal["process", "power"] = "process"
+    keep_days: Annotated[float, Meta(ge=0, le=36_500)] = 30.0
+    max_bytes: Annotated[int, Meta(ge=0)] = 10 * 1024 * MIB
 
 
 class Defaults(_Section, frozen=True):
@@ -149,14 +162,25 @@ def named_routers(entries: Iterable[str]) -> list[NamedRouter]:
     """Those of `[discovery] routers` that have a name, each name once; raises ConfigError for a misshapen one."""
     found: dict[str, NamedRouter] = {}
     for entry in entries:
-        name, equals, url = entry.partition("=")
-        if not equals or "://" in name:
+        if not _has_name(entry):
             continue
+        name, _, url = entry.partition("=")
         if not is_router_name(name) or not _is_base_url(url) or name in found:
             sentence = f"`discovery.routers` has {entry!r}; write each router once, as name=http://host:port."
             raise ConfigError(sentence)
         found[name] = NamedRouter(name, url.rstrip("/"))
     return list(found.values())
+
+
+def nameless_routers(entries: Iterable[str]) -> list[str]:
+    """Those of `[discovery] routers` that have no name: for clients only."""
+    return [entry for entry in entries if not _has_name(entry)]
+
+
+def _has_name(entry: str) -> bool:
+    """A URL may have a `=` too, but not before its scheme."""
+    before, equals, _ = entry.partition("=")
+    return bool(equals) and "://" not in before
 
 
 def is_router_name(name: str) -> bool:
@@ -196,6 +220,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"`discovery.static` has {url!r}; write ws://host:port or wss://host:port.")
     named_routers(config.discovery.routers)
     _check_advertised(config)
+    _check_store(config.store)
     for key in config.auth.keys:
         if not _SHA256.fullmatch(key.sha256):
             raise ConfigError(f"`auth.keys` entry {key.id!r} has no SHA-256 of 64 hex digits; see `sha256sum`.")
@@ -218,6 +243,31 @@ def _check_advertised(config: Config) -> None:
             f"The router listens on {host!r} and registers in Consul without `discovery.advertise`; set the address "
             "that others reach it at."
         )
+
+
+def is_redis_url(url: str) -> bool:
+    """Whether it is redis:// or rediss:// with a host, and a port that can be."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _check_store(store: StoreSection) -> None:
+    if store.redis and store.redis_file:
+        raise ConfigError("`store.redis` and `store.redis_file` both name a Redis; set one of them.")
+    if store.redis and not is_redis_url(store.redis):
+        # Not repeated: there may be a password in it.
+        raise ConfigError("`store.redis` is no address of a Redis; write redis://host:port/db, or rediss:// for TLS.")
+    if not _PREFIX.fullmatch(store.redis_prefix):
+        raise ConfigError(f"`store.redis_prefix` is {store.redis_prefix!r}; use only letters, digits and `-_.:`.")
+    if store.durability == "power" and (store.redis or store.redis_file):
+        raise ConfigError(
+            "`store.durability` is for SQLite alone; what survives in a Redis is set there (`appendfsync`): remove it."
+        )
+    if 0 < store.max_bytes < MIB:
+        raise ConfigError(f"`store.max_bytes` is {store.max_bytes}; give it at least {MIB}, or 0 for no bound.")
 
 
 def _check_public(config: Config) -> None:

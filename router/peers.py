@@ -98,6 +98,7 @@ class Peers:
         self._ssl = ssl_context or True
         self._urls: dict[str, str] = {}
         self._opened: aiohttp.ClientSession | None = None
+        self._closed = False
 
     def set_addresses(self, routers: Iterable[RouterAddress]) -> None:
         """The whole list of the others; what is under way with one that left it goes on."""
@@ -112,7 +113,8 @@ class Peers:
         return bool(self._secret) and router in self._urls
 
     async def close(self) -> None:
-        """End what is under way."""
+        """End what is under way; nobody can be asked any more."""
+        self._closed = True
         if self._opened is not None:
             await self._opened.close()
 
@@ -203,7 +205,7 @@ class Peers:
     async def _ask(
         self, router: str, method: str, path: str, tenant: str, timeout: aiohttp.ClientTimeout, query: str = ""
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        url = self._urls.get(router) if self._secret else None
+        url = self._urls.get(router) if self._secret and not self._closed else None
         if url is None:
             raise RouterUnreachable(router)
         headers = {

@@ -9,10 +9,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from core.errors import DeadlineExceeded, EdgechatError
+from core.errors import DeadlineExceeded, EdgechatError, PoisonedRequest
 from core.stream import Event, Failure
 
 RETRY_AFTER_S = 2.0
+# Who set a deadline does not want to wait it twice; what kills engines must not be sent to more of them.
+_NEVER_AGAIN = {DeadlineExceeded.code, PoisonedRequest.code}
 _PARAMS = {"context_length_exceeded": "input"}
 
 
@@ -29,9 +31,9 @@ def http_body(error: EdgechatError) -> dict[str, Any]:
 def http_headers(error: EdgechatError) -> dict[str, str]:
     """`retry-after` (whole seconds, rounded up) when there is a good guess.
 
-    SDKs send a request again after any 5xx unless told not to: who set a deadline does not want to wait it twice.
+    SDKs send a request again after any 5xx unless told not to.
     """
-    if error.code == DeadlineExceeded.code:
+    if error.code in _NEVER_AGAIN:
         return {"x-should-retry": "false"}
     if error.retry_after_s is None:
         return {}

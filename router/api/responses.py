@@ -1,4 +1,4 @@
-"""The Responses dialect: the body of `POST /v1/responses` and the client events of its WebSocket mode.
+"""The Responses dialect: the body of `POST /v1/responses`, the query of a retrieval, the WebSocket's client events.
 
 Fields: the openai SDK's `types.responses`. Fields that are not known here are ignored. A known one that cannot be
 honoured is refused, because silence would change what the client gets; but `max_tool_calls`, which counts hosted tools,
@@ -7,7 +7,9 @@ and `parallel_tool_calls` are taken and echoed only: whether to call twice is th
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +26,10 @@ from router.config import Defaults
 # Every event of a lane carries its name.
 LaneName: TypeAlias = Annotated[str, Meta(max_length=128)]
 LOGPROBS = "message.output_text.logprobs"
+MAX_SEQUENCE_NUMBER = 2**53 - 1
+"""What every JSON reader can hold."""
+_NUMBER = re.compile(r"[0-9]{1,16}")
+_TYPES = "send response.create, response.cancel or edgechat:resume"
 Seed: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
@@ -74,7 +80,28 @@ class Cancel(msgspec.Struct, frozen=True):
     response_id: str
 
 
-ClientEvent: TypeAlias = Create | Cancel
+class Resume(msgspec.Struct, frozen=True):
+    """Go on with a response after the event `starting_after`; -1 = from its first."""
+
+    response_id: str
+    starting_after: int = -1
+    stream_id: str | None = None
+
+
+ClientEvent: TypeAlias = Create | Cancel | Resume
+
+
+class _ResumeBody(msgspec.Struct):
+    response_id: str
+    starting_after: Annotated[int, Meta(ge=0, le=MAX_SEQUENCE_NUMBER)] | None = None
+    stream_id: LaneName | None = None
+
+
+class Retrieve(NamedTuple):
+    """What `GET /v1/responses/{id}` asks for; starting_after: as in `Resume`, for a stream."""
+
+    stream: bool = False
+    starting_after: int = -1
 
 
 def parse_event(text: str, defaults: Defaults) -> ClientEvent:
@@ -88,12 +115,31 @@ def parse_event(text: str, defaults: Defaults) -> ClientEvent:
             if not isinstance(response_id, str):
                 raise RequestError("`response_id` is missing.", param="response_id")
             return Cancel(response_id)
+        case "edgechat:resume":
+            return _resume(read_fields(body, _ResumeBody))
         case None:
-            raise RequestError("`type` is missing; send response.create or response.cancel.", param="type")
+            raise RequestError(f"`type` is missing; {_TYPES}.", param="type")
         case other:
-            raise RequestError(
-                f"The event type {other!r:.60} is not known; send response.create or response.cancel.", param="type"
-            )
+            raise RequestError(f"The event type {other!r:.60} is not known; {_TYPES}.", param="type")
+
+
+def _resume(fields: _ResumeBody) -> Resume:
+    starting_after = -1 if fields.starting_after is None else fields.starting_after
+    return Resume(fields.response_id, starting_after, fields.stream_id)
+
+
+def parse_retrieve(query: Mapping[str, str]) -> Retrieve:
+    """The query of a GET; raises RequestError naming the field. `include` and other fields are ignored."""
+    stream = query.get("stream", "false").lower()
+    if stream not in {"true", "false"}:
+        raise RequestError(f"`stream` is {stream!r:.60}; send true or false.", param="stream")
+    after = query.get("starting_after")
+    if after is None:
+        return Retrieve(stream == "true")
+    if not _NUMBER.fullmatch(after) or int(after) > MAX_SEQUENCE_NUMBER:
+        sentence = f"`starting_after` is {after!r:.60}; send the `sequence_number` of the last event that you have."
+        raise RequestError(sentence, param="starting_after")
+    return Retrieve(stream == "true", int(after))
 
 
 def stream_id_of(text: str) -> str | None:
@@ -160,7 +206,7 @@ def on_lane(event: Event, stream_id: str | None) -> Event:
     return event if stream_id is None else event | {"stream_id": stream_id}
 
 
-def deleted(response_id: str) -> dict[str, Any]:
+def deletion(response_id: str) -> dict[str, Any]:
     """The answer to `DELETE /v1/responses/{id}`."""
     return {"id": response_id, "object": "response", "deleted": True}
 

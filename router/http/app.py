@@ -5,9 +5,10 @@ from __future__ import annotations
 from aiohttp import web
 
 from router import admin
-from router.http import chat, pages, plain_ws, responses_http, responses_ws
+from router.http import chat, internal, pages, plain_ws, responses_http, responses_ws
 from router.http.context import CONTEXT, Context
 from router.http.middleware import admission, errors, not_implemented
+from router.peers import RESPONSES_PATH
 
 
 def make_app(context: Context) -> web.Application:
@@ -27,6 +28,10 @@ def make_app(context: Context) -> web.Application:
             web.get("/v1/models/{model:.+}", chat.model),
             web.get("/v1/realtime", not_implemented),
             web.get("/v1/edges", admin.edges),
+            web.get(RESPONSES_PATH + "/{id}", internal.retrieve, allow_head=False),
+            web.delete(RESPONSES_PATH + "/{id}", internal.delete),
+            web.post(RESPONSES_PATH + "/{id}/cancel", internal.cancel),
+            web.get(RESPONSES_PATH + "/{id}/record", internal.record, allow_head=False),
             web.get("/ws", plain_ws.connect, allow_head=False),
             web.get("/", pages.index),
             web.get("/web/{path:.+}", pages.file),

@@ -50,7 +50,7 @@ async def _stream(request: web.Request, context: Context, tenant: str, chat: Cha
 
 
 def _closing(reader: sse.SseReader) -> bytes:
-    failure = reader.end.end.error if reader.end else None
+    failure = reader.end.end.error if reader.end else reader.refused
     return sse.DONE if failure is None else sse.unnamed(http_body(own_names(from_failure(failure))))
 
 

@@ -13,12 +13,16 @@ from aiohttp import web
 from router.auth import Keyring, Principal, presented_key, subprotocols
 from router.config import Config, Role
 from router.dispatch import Dispatcher
+from router.finder import Finder
 from router.fleet import Fleet
 from router.http.outbox import Outbox, PingedOutbox
 from router.http.stalls import Connection, Stalls
+from router.keeper import Keeper
 from router.metrics import Metrics
+from router.peers import Peers
 from router.session import Instant
-from router.sessions import Sessions, Shelf
+from router.sessions import Sessions
+from router.shelf import Shelf
 
 
 class Closable(Protocol):
@@ -39,6 +43,10 @@ class Context:
     sessions: Sessions
     dispatcher: Dispatcher
     store: Shelf
+    keeper: Keeper
+    routers: Peers
+    finder: Finder
+    link_secret: str = field(repr=False)
     metrics: Metrics
     now: Callable[[], Instant]
     peers: set[Closable] = field(default_factory=set)

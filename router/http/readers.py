@@ -38,11 +38,16 @@ class Whole:
         if not self._end.done():
             self._end.set_result(failure)
 
-    async def stored(self) -> StoredResponse:
-        """The finished response; raises EdgechatError if it failed or was refused."""
+    async def ended(self) -> StoredResponse:
+        """The finished response, however it ended; raises EdgechatError if its end does not come here."""
         response = await asyncio.shield(self._end)
         if isinstance(response, Failure):
             raise from_failure(response)
+        return response
+
+    async def stored(self) -> StoredResponse:
+        """The finished response; raises EdgechatError if it failed or was refused."""
+        response = await self.ended()
         if response.end.status == "failed" and response.end.error is not None:
             raise from_failure(response.end.error)
         return response

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Awaitable, Coroutine, Iterable
 
 import msgspec
 from aiohttp import web
@@ -20,6 +21,7 @@ from router.api.errors import error_event, from_failure
 from router.api.responses import (
     Cancel,
     Create,
+    Resume,
     node_event,
     on_lane,
     parse_event,
@@ -27,12 +29,15 @@ from router.api.responses import (
     stream_id_of,
 )
 from router.auth import subprotocols
-from router.errors import ConnectionLimitReached
+from router.errors import ConnectionLimitReached, Draining
+from router.finder import Elsewhere, Found
 from router.fleet import Node
 from router.http.context import Context, context_of, principal
 from router.http.kept import Kept
+from router.http.responses_http import replay_after
 from router.http.websocket import Peer, require_upgrade
 from router.journal import StoredResponse
+from router.sessions import Running
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +71,7 @@ class ResponsesConnection:
         self.extensions = extensions
         self._context = context
         self._tenant = tenant
-        self._lanes: dict[str | None, deque[Call]] = {}
+        self._lanes: dict[str | None, deque[Call | Resume]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._kept = Kept()
 
@@ -75,6 +80,8 @@ class ResponsesConnection:
             match parse_event(text, self._context.config.defaults):
                 case Create(call):
                     self._queue(msgspec.structs.replace(call, arrived_at_s=self._context.now().mono_s))
+                case Resume() as resume:
+                    self._queue(resume)
                 case Cancel(response_id):
                     self._cancel(response_id)
         except EdgechatError as error:
@@ -93,7 +100,7 @@ class ResponsesConnection:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _queue(self, call: Call) -> None:
+    def _queue(self, call: Call | Resume) -> None:
         limits = self._context.config.limits
         lane = self._lanes.get(call.stream_id)
         if lane is not None:
@@ -106,39 +113,103 @@ class ResponsesConnection:
             most = limits.max_lanes_per_connection
             raise Overloaded(f"{most} lanes are busy on this connection, which is its limit; wait for an answer.")
         self._lanes[call.stream_id] = lane = deque([call])
-        task = asyncio.create_task(self._run_lane(call.stream_id, lane), name=f"lane of {self.peer.id}")
+        self._spawn(self._run_lane(call.stream_id, lane), "lane")
+
+    def _spawn(self, work: Coroutine[None, None, None], what: str) -> None:
+        task = asyncio.create_task(work, name=f"{what} of {self.peer.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run_lane(self, stream_id: str | None, calls: deque[Call]) -> None:
+    async def _run_lane(self, stream_id: str | None, calls: deque[Call | Resume]) -> None:
         try:
             while calls:
-                await self._answer(calls.popleft())
+                call = calls.popleft()
+                answer = self._answer(call) if isinstance(call, Call) else self._resume(call)
+                await self._carefully(answer, stream_id)
         finally:
             del self._lanes[stream_id]
 
+    async def _carefully(self, work: Awaitable[None], stream_id: str | None) -> None:
+        """Whatever goes wrong is said on its lane."""
+        try:
+            await work
+        except EdgechatError as error:
+            self.refuse(error, stream_id)
+        except Exception:
+            log.exception("a request on %s could not be answered", self.peer.id)
+            sentence = f"The router made a mistake; report the connection id {self.peer.id}."
+            self.refuse(EdgechatError(sentence), stream_id)
+
     async def _answer(self, call: Call) -> None:
         reader = _LaneReader(self, call.stream_id)
-        try:
-            running = await self._context.dispatcher.begin(self._tenant, call, reader, self._kept)
-        except EdgechatError as error:
-            self.refuse(error, call.stream_id)
-            return
-        except Exception:
-            log.exception("a response on %s could not be started", self.peer.id)
-            sentence = f"The router made a mistake; report the connection id {self.peer.id}."
-            self.refuse(EdgechatError(sentence), call.stream_id)
-            return
+        running = await self._context.dispatcher.begin(self._tenant, call, reader, self._kept)
+        await self._read(running, reader)
+
+    async def _read(self, running: Running, reader: _LaneReader) -> None:
         try:
             await reader.over.wait()
         finally:
             self._context.sessions.leave(running, reader)
 
+    # -- responses that were begun on another connection ---------------------------------------
+
+    async def _resume(self, resume: Resume) -> None:
+        found = await self._find(resume.response_id)
+        match found:
+            case Running():
+                reader = _LaneReader(self, resume.stream_id, resume.response_id)
+                self._context.sessions.join(found, reader, resume.starting_after)
+                self._context.metrics.resumed.inc()
+                await self._read(found, reader)
+            case StoredResponse():
+                self.say(replay_after(found, resume.starting_after), resume.stream_id)
+                self._context.metrics.resumed.inc()
+            case Elsewhere(router):
+                await self._pass_on(router, resume)
+
+    async def _pass_on(self, router: str, resume: Resume) -> None:
+        """Say here what another router says."""
+        response_id, starting_after, lane = resume.response_id, resume.starting_after, resume.stream_id
+        async with self._context.routers.events(router, self._tenant, response_id, starting_after) as following:
+            if following.node and self.extensions:
+                self.peer.send(node_event(response_id, following.node, self._region_of(following.node), lane))
+            async for event in following.events:
+                self.say([event], lane)
+
+    def _region_of(self, node: str) -> str:
+        """Another router names a node only; where it is we know if it is linked to us as well."""
+        nodes = self._context.fleet.nodes.values()
+        return next((known.hello.region for known in nodes if known.hello.name == node), "")
+
+    async def _find(self, response_id: str) -> Found:
+        if self._context.dispatcher.draining:
+            raise Draining
+        return await self._context.finder.find(self._tenant, response_id)
+
     def _cancel(self, response_id: str) -> None:
-        running = self._context.sessions.find(self._tenant, response_id)
-        if running is None:
-            raise ResponseNotFound(response_id)
-        self._context.sessions.cancel(running)
+        if running := self._context.sessions.find(self._tenant, response_id):
+            self._context.sessions.cancel(running)
+            return
+        limits = self._context.config.limits
+        if len(self._tasks) >= limits.max_lanes_per_connection + limits.max_queued_per_connection:
+            raise Overloaded("Too many responses are being looked for on this connection; wait.")
+        self._spawn(self._carefully(self._cancel_found(response_id), None), "cancel")
+
+    async def _cancel_found(self, response_id: str) -> None:
+        """One that runs elsewhere, or that nobody held; what has ended cannot be cancelled."""
+        match await self._find(response_id):
+            case Running() as running:
+                self._context.sessions.cancel(running)
+            case StoredResponse():
+                raise ResponseNotFound(response_id)
+            case Elsewhere(router):
+                await self._context.routers.cancel(router, self._tenant, response_id)
+
+    # -- what the client is told ---------------------------------------------------------------
+
+    def say(self, events: Iterable[Event], stream_id: str | None) -> None:
+        """Events of a response, in one go."""
+        self.peer.send(*(on_lane(event, stream_id) for event in events))
 
     def refuse(self, error: EdgechatError, stream_id: str | None) -> None:
         """Say an error that belongs to no response."""
@@ -149,17 +220,17 @@ class ResponsesConnection:
 class _LaneReader:
     """Says a response's events on its lane; extension events only to clients that asked for them."""
 
-    def __init__(self, connection: ResponsesConnection, stream_id: str | None) -> None:
+    def __init__(self, connection: ResponsesConnection, stream_id: str | None, response_id: str = "") -> None:
+        """response_id: "" = the first event says it."""
         self.over = asyncio.Event()
         self._connection = connection
         self._stream_id = stream_id
-        self._response_id = ""
+        self._response_id = response_id
 
     def on_events(self, events: list[Event]) -> None:
-        for event in events:
-            if event["type"] == "response.created":
-                self._response_id = event["response"]["id"]
-            self._connection.peer.send(on_lane(event, self._stream_id))
+        if not self._response_id and events:
+            self._response_id = events[0]["response"]["id"]
+        self._connection.say(events, self._stream_id)
 
     def on_serving(self, node: Node) -> None:
         if self._connection.extensions:

@@ -11,13 +11,15 @@ import msgspec
 from aiohttp import web
 
 from core.stream import Event, Failure
-from router.api.errors import from_failure
+from router.api.errors import error_event, from_failure
 from router.fleet import Node
 from router.http.context import Context, request_id
 from router.http.outbox import Outbox
 from router.journal import StoredResponse
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": \n\n"
+"""Says nothing, but that we live; no client takes it for an event."""
 
 
 def named(event: Event) -> bytes:
@@ -35,6 +37,7 @@ class SseReader:
     """Writes what `translate` makes of events into an outbox.
 
     begun: set at the first byte, or at the end if there is none; `end` or `refused` then says how it ended.
+    refused after events: there is no end here, the response may go on elsewhere.
     """
 
     def __init__(self, outbox: Outbox, translate: Callable[[Event], bytes]) -> None:
@@ -71,9 +74,14 @@ class SseReader:
     async def begin(self) -> None:
         """Wait until there is something to say; raises EdgechatError while that can still be an honest HTTP status."""
         await self.begun.wait()
-        failure = self.refused or (self.end.end.error if self.end and not self.wrote else None)
-        if failure is not None:
+        failure = self.refused or (self.end.end.error if self.end else None)
+        if failure is not None and not self.wrote:
             raise from_failure(failure)
+
+
+def stopped(reader: SseReader) -> bytes:
+    """The last event of a stream of the Responses dialect: none after an end, an `error` where none follows."""
+    return b"" if reader.refused is None else named(error_event(from_failure(reader.refused)))
 
 
 @asynccontextmanager
@@ -96,8 +104,9 @@ async def send(
         "x-accel-buffering": "no",
         "x-content-type-options": "nosniff",
         "x-request-id": request_id(request),
-        "x-edge-node": reader.node,
     }
+    if reader.node:
+        headers["x-edge-node"] = reader.node
     response = web.StreamResponse(headers=headers)
     await response.prepare(request)
 
