@@ -139,8 +139,9 @@ class FakeStore:
                 outcome = self._write(entry, pack(entry))
             except Unpackable:
                 outcome = "refused"
-            self._held.settle(entry, outcome)
             outcomes.append(outcome)
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            self._held.settle(entry, outcome)
         self.database.sweep()
         return outcomes
 

@@ -175,6 +175,7 @@ MAY_KNOW: Mapping[str, frozenset[str]] = {
 ONLY_IN: Mapping[str, Mapping[str, str | None]] = {
     "onnxruntime": {"edge_node": "edge_node.runtime.runner", "export": "export.trial.run", "router": None},
     "consul": {"edge_node": "edge_node.registry", "router": "router.registry", "export": None},
+    "redis": {"edge_node": None, "router": "router.store.redis", "export": None},
 }
 """Library -> package -> the one module that may import it."""
 

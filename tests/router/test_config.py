@@ -51,6 +51,14 @@ def test_a_key_is_overridden_from_the_environment() -> None:
         (DEV + '[discovery]\nrouters = ["eu=http://a:99999"]\n', "discovery.routers"),
         (DEV + '[discovery]\nrouters = ["eu=http://a:1", "eu=http://b:1"]\n', "discovery.routers.*once"),
         (DEV + '[discovery]\nadvertise = "10.0.0.5:x"\n', "discovery.advertise.*host:port"),
+        (DEV + '[store]\nredis = "10.0.0.1:6379"\n', "store.redis.*redis://host:port"),
+        (DEV + '[store]\nredis = "redis://a:0"\n', "store.redis"),
+        (DEV + '[store]\nredis = "redis://a"\nredis_file = "x"\n', "store.redis.*store.redis_file.*one of them"),
+        (DEV + '[store]\nredis_prefix = "a b"\n', "store.redis_prefix.*'a b'"),
+        (DEV + '[store]\nredis = "redis://a"\ndurability = "power"\n', "store.durability.*SQLite alone"),
+        (DEV + '[store]\ndurability = "much"\n', "store.durability"),
+        (DEV + "[store]\nmax_bytes = 5\n", "store.max_bytes.*at least 1048576"),
+        (DEV + "[store]\nkeep_days = -1\n", "store.keep_days"),
         (
             KEYS
             + '[listen]\nhost = "0.0.0.0"\n[link]\nsecret_file = "s"\n[discovery]\nconsul = "http://127.0.0.1:8500"\n',
@@ -114,3 +122,9 @@ def test_an_empty_link_secret_is_refused(tmp_path: Path) -> None:
     checked = _main("--check-config", environ=environ)
     assert checked.returncode == 2
     assert "is empty" in checked.stderr
+
+
+def test_the_password_of_a_redis_is_not_repeated_in_what_is_said_about_its_address() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load('[auth]\ndev_key = true\n[store]\nredis = "http://:hush@a:1"\n')
+    assert "hush" not in refused.value.message

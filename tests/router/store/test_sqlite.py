@@ -1,127 +1,87 @@
+"""What is SQLite's own: the file, its lock, its thread, its schema, and what is left of what was deleted."""
+
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from core.conversation import Item
 from core.errors import StoreUnavailable
-from core.frames import Arguments, Delta, ItemEnd, ItemStart, Logprobs, Text, Usage
-from core.stream import EndRecord, Failure, Request, RequestRecord, replay
+from router.journal import EPOCHS_PER_OWNER, Dropped, Ended, Unfinished
 from router.store import sqlite as store_module
-from router.journal import StoredResponse
-from router.store.sqlite import ResponseStore
+from router.store.sqlite import SqliteStore
+from tests.router.store.entries import SECRET_TEXT, began, ended, read, response, said, saying
 
-SECRET_TEXT = "a sentence that belongs in no log"
+ROOT = Path(__file__).resolve().parents[3]
 
-
-def response(response_id: str = "resp_r_1", tenant: str = "acme", created_at: int = 1_700_000_000) -> StoredResponse:
-    request = Request(
-        model="m",
-        input=[Item("message", "user", SECRET_TEXT), Item("message", "assistant", "b", [1, 2], "m@0")],
-        temperature=0.7,
-        top_p=0.9,
-        max_output_tokens=64,
-        previous_response_id="resp_r_0",
-        reasoning={"effort": "low"},
-        tools=[{"type": "function", "name": "f", "parameters": {"type": "object", "required": ["x"]}}],
-        metadata={"k": "v"},
-    )
-    record = RequestRecord(
-        id=response_id, tenant=tenant, created_at=created_at, seed=2**63 + 5, release="m@0", request=request
-    )
-    deltas: list[list[Delta]] = [
-        [ItemStart("message", "final_answer"), Text("héllo 你好 🙂"), Logprobs(-0.5, [(1, -0.5)])],
-        [ItemEnd(), ItemStart("function_call", name="f")],
-        [Arguments('{"x":1}')],
-        [ItemEnd()],
-    ]
-    failure = Failure("node_lost", "The node was lost.", True)
-    end = EndRecord(status="failed", completed_at=created_at + 1, error=failure, usage=Usage(5, 4, 3))
-    return StoredResponse(record, [7, 8, 9, 10], deltas, end)
+SCHEMA_1 = """
+CREATE TABLE responses (
+    tenant TEXT NOT NULL, id TEXT NOT NULL, created_at INTEGER NOT NULL, previous_id TEXT, payload BLOB NOT NULL,
+    PRIMARY KEY (tenant, id)
+) STRICT;
+CREATE INDEX responses_by_age ON responses (created_at);
+PRAGMA user_version = 1;
+"""
 
 
 @contextlib.asynccontextmanager
-async def opened(path: Path, keep_s: float | None = None) -> AsyncIterator[ResponseStore]:
-    store = await ResponseStore.open(path, keep_s=keep_s)
+async def opened(path: Path, **settings: float) -> AsyncIterator[SqliteStore]:
+    store = await SqliteStore.open(path, "a", "1", **settings)  # type: ignore[arg-type]
     try:
         yield store
     finally:
         await store.close()
 
 
-async def test_what_was_put_comes_back_equal_and_replays_the_same_events(tmp_path: Path) -> None:
-    async with opened(tmp_path / "s.sqlite") as store:
-        await store.put(response())
-        back = await store.get("acme", "resp_r_1")
-    assert back == response()
-    assert back is not None
-    assert replay(back.record, back.deltas, back.end) == replay(response().record, response().deltas, response().end)
+def on_disk(path: Path) -> bytes:
+    """All that lies in the file and beside it."""
+    return b"".join(file.read_bytes() for file in path.parent.iterdir() if file.name.startswith(path.name))
 
 
-async def test_it_is_still_there_after_the_store_was_closed_and_opened(tmp_path: Path) -> None:
+async def run(store: SqliteStore, statement: str) -> None:
+    await store._run(lambda: store._connection.execute(statement).fetchall())
+
+
+# -- the file ----------------------------------------------------------------------------------------
+
+
+async def test_a_second_process_sees_a_response_as_soon_as_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     async with opened(path) as store:
-        await store.put(response())
-    async with opened(path) as store:
-        assert await store.get("acme", "resp_r_1") == response()
-
-
-async def test_a_second_process_sees_a_put_as_soon_as_it_returned(tmp_path: Path) -> None:
-    path = tmp_path / "s.sqlite"
-    async with opened(path) as store:
-        await store.put(response())
+        await store.write([ended()])
         with contextlib.closing(sqlite3.connect(path)) as other:
             rows = other.execute("SELECT tenant, id, created_at, previous_id FROM responses").fetchall()
     assert rows == [("acme", "resp_r_1", 1_700_000_000, "resp_r_0")]
 
 
-async def test_another_tenant_neither_reads_nor_deletes_it(tmp_path: Path) -> None:
-    async with opened(tmp_path / "s.sqlite") as store:
-        await store.put(response())
-        assert await store.get("rival", "resp_r_1") is None
-        assert not await store.delete("rival", "resp_r_1")
+async def test_it_is_still_there_after_the_store_was_closed_and_opened(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        await store.write([ended(), began("resp_r_2"), said(0, 1, response_id="resp_r_2")])
+    async with opened(path) as store:
         assert await store.get("acme", "resp_r_1") == response()
-
-
-async def test_two_tenants_may_hold_the_same_id(tmp_path: Path) -> None:
-    async with opened(tmp_path / "s.sqlite") as store:
-        await store.put(response(tenant="a", created_at=1))
-        await store.put(response(tenant="b", created_at=2))
-        assert await store.get("a", "resp_r_1") == response(tenant="a", created_at=1)
-        assert await store.delete("a", "resp_r_1")
-        assert await store.get("b", "resp_r_1") == response(tenant="b", created_at=2)
-
-
-async def test_a_response_is_deleted_once(tmp_path: Path) -> None:
-    async with opened(tmp_path / "s.sqlite") as store:
-        await store.put(response())
-        assert await store.delete("acme", "resp_r_1")
-        assert await store.get("acme", "resp_r_1") is None
-        assert not await store.delete("acme", "resp_r_1")
-
-
-async def test_the_same_id_put_again_takes_its_place(tmp_path: Path) -> None:
-    async with opened(tmp_path / "s.sqlite") as store:
-        await store.put(response())
-        await store.put(response(created_at=5))
-        assert await store.get("acme", "resp_r_1") == response(created_at=5)
+        assert await store.unclaimed() == [("acme", "resp_r_2")]
 
 
 async def test_files_are_readable_by_their_owner_only_and_folders_are_made(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "s.sqlite"
     async with opened(path) as store:
-        await store.put(response())
+        await store.write([ended()])
         files = list(path.parent.iterdir())
-        assert path in files
-        assert len(files) > 1, "the write-ahead log lies beside it"
+        assert {file.name for file in files} == {"s.sqlite", "s.sqlite-wal", "s.sqlite-shm", "s.sqlite.lock"}
         assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
 async def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
@@ -131,24 +91,164 @@ async def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-async def test_close_finishes_every_put_that_was_accepted(tmp_path: Path) -> None:
+async def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
-    store = await ResponseStore.open(path)
-    puts = [asyncio.create_task(store.put(response(f"resp_r_{number}"))) for number in range(200)]
+    path.write_bytes(b"this is no database " * 500)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=r"s\.sqlite cannot be used: file is not a database"):
+            await SqliteStore.open(path, "a", "1")
+
+
+@pytest.mark.parametrize(("place", "reason"), [("file/s.sqlite", "exists"), ("", "Is a directory")])
+async def test_a_place_where_no_file_can_be_is_named(tmp_path: Path, place: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUnavailable, match=reason):
+        await SqliteStore.open(tmp_path / place, "a", "1")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_store_whose_file_was_taken_away_begins_anew_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, replaced: bool
+) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        await store.write([ended("resp_r_1"), began("resp_r_3")])
+        for file in tmp_path.iterdir():
+            file.unlink()
+        if replaced:
+            path.touch()
+        assert await store.write([ended("resp_r_2"), ended("resp_r_3")]) == ["kept", "lost"]
+        assert await store.get("acme", "resp_r_1") is None
+        with pytest.raises(StoreUnavailable, match="in use by another router"):
+            await SqliteStore.open(path, "b", "1")
+    assert "removed or replaced" in caplog.text
+    async with opened(path) as store:
+        assert await store.get("acme", "resp_r_2") == response("resp_r_2")
+
+
+# -- one router a file -------------------------------------------------------------------------------
+
+
+async def test_a_second_router_is_told_who_uses_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        await store.write([began()])
+        with pytest.raises(StoreUnavailable) as refused:
+            await SqliteStore.open(path, "b", "1")
+        assert refused.value.message == (
+            f"The store {path} is in use by another router (pid {os.getpid()}); "
+            "stop that one, or name another file in store.path."
+        )
+        assert await store.write([said(0, 1)]) == ["kept"]
+    async with opened(path) as store:
+        assert isinstance(await store.claim("acme", "resp_r_1"), Unfinished)
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from router.store.sqlite import SqliteStore
+from tests.router.store.entries import began, said
+
+async def main():
+    store = await SqliteStore.open(Path(sys.argv[1]), "a", "1")
+    await store.write([began()])
+    seq = 0
+    while True:
+        outcomes = await store.write([said(seq, seq), said(seq + 1, seq + 1)])
+        assert outcomes == ["kept", "kept"]
+        seq += 2
+        print(seq, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_what_was_kept_survives_a_killed_process_and_is_claimed(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    with writer:
+        for _ in range(20):
+            assert writer.stdout.readline()
+        with pytest.raises(StoreUnavailable, match=rf"another router \(pid {writer.pid}\)"):
+            await SqliteStore.open(path, "a", "2")
+        writer.send_signal(signal.SIGKILL)
+        acknowledged = [int(line) for line in writer.stdout.read().split()]
+    async with opened(path) as store:
+        assert await store.unclaimed() == [("acme", "resp_r_1")]
+        found = await store.claim("acme", "resp_r_1")
+    assert isinstance(found, Unfinished)
+    assert found.epoch == EPOCHS_PER_OWNER
+    assert len(found.ids) >= (acknowledged[-1] if acknowledged else 40)
+    assert len(found.ids) % 2 == 0, "a batch is there whole or not at all"
+    assert found.ids == list(range(len(found.ids)))
+
+
+# -- schemas -----------------------------------------------------------------------------------------
+
+
+async def test_a_file_of_schema_1_is_brought_up_to_date_where_it_lies(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    kept = [response(f"resp_{number}", created_at=number) for number in range(4)]
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        old.executescript(SCHEMA_1)
+        for one in kept:
+            row = (one.record.tenant, one.record.id, one.record.created_at, None, msgspec.msgpack.encode(one))
+            old.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", row)
+        old.commit()
+    async with opened(path) as store:
+        assert [await store.get("acme", one.record.id) for one in kept] == kept
+        assert await store.write([began("resp_r_9")]) == ["kept"]
+        assert await store.delete("acme", "resp_3")
+    size = len(msgspec.msgpack.encode(kept[0]))
+    async with opened(path, max_bytes=2 * size) as store:
+        await store.beat()
+        assert await store.get("acme", "resp_0") is None, "what schema 1 held counts"
+        assert await store.get("acme", "resp_1") == kept[1]
+
+
+async def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        await store.write([ended()])
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA user_version = 3")
+    before = path.read_bytes()
+    with pytest.raises(StoreUnavailable, match="has schema 3, this router reads 2"):
+        await SqliteStore.open(path, "a", "1")
+    assert path.read_bytes() == before
+
+
+async def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE pets (name TEXT)")
+    with pytest.raises(StoreUnavailable, match="something else"):
+        await SqliteStore.open(path, "a", "1")
+
+
+# -- the thread --------------------------------------------------------------------------------------
+
+
+async def test_close_finishes_every_write_that_was_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    store = await SqliteStore.open(path, "a", "1")
+    writes = [asyncio.create_task(store.write([ended(f"resp_r_{number}")])) for number in range(200)]
     await asyncio.sleep(0)
-    for put in puts:
-        put.cancel()
+    for write in writes:
+        write.cancel()
     await store.close()
     async with opened(path) as store:
         assert [await store.get("acme", f"resp_r_{number}") is None for number in range(200)] == [False] * 200
 
 
 async def test_a_closed_store_says_so(tmp_path: Path) -> None:
-    store = await ResponseStore.open(tmp_path / "s.sqlite")
+    store = await SqliteStore.open(tmp_path / "s.sqlite", "a", "1")
     await store.close()
     await store.close()
     with pytest.raises(StoreUnavailable, match="is closed"):
-        await store.put(response())
+        await store.write([ended()])
 
 
 async def test_a_store_that_is_too_far_behind_refuses_and_recovers(
@@ -161,105 +261,130 @@ async def test_a_store_that_is_too_far_behind_refuses_and_recovers(
         waiting = [asyncio.create_task(store.get("acme", "x")) for _ in range(4)]
         await asyncio.sleep(0)
         with pytest.raises(StoreUnavailable, match="4 calls behind") as refused:
-            await store.put(response())
+            await store.write([ended()])
         assert refused.value.retryable
         assert refused.value.retry_after_s is not None
         go_on.set()
         assert blocked.result()
         assert await asyncio.gather(*waiting) == [None] * 4
-        await store.put(response())
+        assert await store.write([ended()]) == ["kept"]
 
 
-async def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "s.sqlite"
-    async with opened(path) as store:
-        await store.put(response())
-    with contextlib.closing(sqlite3.connect(path)) as other:
-        other.execute("PRAGMA user_version = 2")
-    before = path.read_bytes()
-    with pytest.raises(StoreUnavailable, match="has schema 2, this router reads 1"):
-        await ResponseStore.open(path)
-    assert path.read_bytes() == before
+# -- trouble -----------------------------------------------------------------------------------------
 
 
-async def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "s.sqlite"
-    with contextlib.closing(sqlite3.connect(path)) as other:
-        other.execute("CREATE TABLE pets (name TEXT)")
-    with pytest.raises(StoreUnavailable, match="something else"):
-        await ResponseStore.open(path)
-
-
-async def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "s.sqlite"
-    path.write_bytes(b"this is no database " * 500)
-    with pytest.raises(StoreUnavailable, match=r"s\.sqlite cannot be used: file is not a database"):
-        await ResponseStore.open(path)
-
-
-@pytest.mark.parametrize(("place", "reason"), [("file/s.sqlite", "exists"), ("", "Is a directory")])
-async def test_a_place_where_no_file_can_be_is_named(tmp_path: Path, place: str, reason: str) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StoreUnavailable, match=reason):
-        await ResponseStore.open(tmp_path / place)
-
-
-async def test_a_full_disk_is_a_retryable_sentence_and_reading_goes_on(
+async def test_a_full_disk_refuses_the_whole_batch_and_reading_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with opened(tmp_path / "s.sqlite") as store:
-        await store.put(response())
-        await store._run(lambda: store._connection.execute("PRAGMA max_page_count = 1").fetchall())
-        big = StoredResponse(response("resp_r_2").record, [1], [[Text(SECRET_TEXT * 10_000)]], response().end)
+        await store.write([ended()])
+        await run(store, "PRAGMA max_page_count = 1")
         with pytest.raises(StoreUnavailable, match="database or disk is full") as refused:
-            await store.put(big)
+            await store.write([began("resp_r_3"), Ended(saying(SECRET_TEXT, "resp_r_2", times=10_000))])
         assert (refused.value.code, refused.value.status, refused.value.retryable) == ("store_unavailable", 503, True)
         assert await store.get("acme", "resp_r_2") is None
+        assert await store.unclaimed() == []
         assert await store.get("acme", "resp_r_1") == response()
         assert SECRET_TEXT not in str(refused.value) + caplog.text
+        await run(store, f"PRAGMA max_page_count = {2**31 - 2}")
+        assert await store.write([began("resp_r_3"), ended("resp_r_2")]) == ["kept", "kept"]
 
 
-async def test_a_value_that_cannot_be_kept_is_refused_alone(tmp_path: Path) -> None:
+async def test_a_file_that_somebody_else_has_locked_is_a_sentence_and_free_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "BUSY_S", 0.01)
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreUnavailable, match="database is locked"):
+                await store.write([ended()])
+        assert await store.write([ended()]) == ["kept"]
+
+
+async def test_a_damaged_response_is_an_error_not_an_unknown_one(tmp_path: Path) -> None:
     async with opened(tmp_path / "s.sqlite") as store:
-        odd = StoredResponse(response().record, [2**70], [[]], response().end)
-        with pytest.raises(StoreUnavailable, match="cannot hold"):
-            await store.put(odd)
-        await store.put(response())
-
-
-async def test_a_damaged_row_is_an_error_not_an_unknown_response(tmp_path: Path) -> None:
-    async with opened(tmp_path / "s.sqlite") as store:
-        await store.put(response())
-        await store._run(lambda: store._connection.execute("UPDATE responses SET payload = x'c1'").fetchall())
-        with pytest.raises(StoreUnavailable, match="cannot hold or read"):
+        await store.write([ended()])
+        await run(store, "UPDATE responses SET payload = x'c1'")
+        with pytest.raises(StoreUnavailable, match="cannot read"):
             await store.get("acme", "resp_r_1")
 
 
-async def test_responses_past_their_time_are_forgotten(tmp_path: Path) -> None:
-    path, now = tmp_path / "s.sqlite", 1 << 40
-    async with opened(path) as store:
-        await store.put(response("resp_old", created_at=1))
-        await store.put(response("resp_new", created_at=now))
-    async with opened(path, keep_s=3600) as store:
-        assert await store.get("acme", "resp_old") is None
-        assert await store.get("acme", "resp_new") is not None
-        await store.put(response("resp_late", created_at=2))
-        assert await store.get("acme", "resp_late") is None
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-async def test_a_store_whose_file_was_taken_away_begins_anew_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, replaced: bool
+@pytest.mark.parametrize(
+    "damage",
+    ["DELETE FROM said WHERE seq = 1", "UPDATE said SET payload = x'c1'", "UPDATE running SET opening = x'c1'"],
+)
+async def test_an_unfinished_response_with_a_hole_is_given_up_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
+    async with opened(tmp_path / "s.sqlite") as store:
+        await store.write([began(), said(0, 1), said(1, 2), said(2, 3), began("resp_r_2")])
+        await run(store, damage)
+        assert await store.claim("acme", "resp_r_1") is None
+        assert "resp_r_1 is damaged and given up" in caplog.text
+        assert SECRET_TEXT not in caplog.text
+        assert await store.unclaimed() == [("acme", "resp_r_2")]
+
+
+# -- what is left of what was deleted ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+async def test_of_a_deleted_response_no_byte_is_in_any_file(tmp_path: Path, is_ended: bool) -> None:
     path = tmp_path / "s.sqlite"
     async with opened(path) as store:
-        await store.put(response("resp_r_1"))
-        for file in tmp_path.iterdir():
-            file.unlink()
-        if replaced:
-            path.touch()
-        await store.put(response("resp_r_2"))
-        assert await store.get("acme", "resp_r_1") is None
-    assert "removed or replaced" in caplog.text
+        await store.write([ended("resp_other")])
+        await store.delete("acme", "resp_other")
+        await store.write([began("resp_r_1"), read("resp_r_1")])
+        for seq in range(40):
+            await store.write([said(seq, seq, text="whispered " * 300)])
+        if is_ended:
+            await store.write([Ended(saying("whispered ", times=20_000))])
+        assert b"whispered" in on_disk(path)
+        assert SECRET_TEXT.encode() in on_disk(path)
+        assert await store.delete("acme", "resp_r_1")
+        assert b"whispered" not in on_disk(path)
+        assert SECRET_TEXT.encode() not in on_disk(path)
+        assert b"resp_r_1" not in on_disk(path)
+
+
+async def test_what_was_dropped_or_has_had_its_time_is_in_no_file_after_the_next_beat(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path, max_bytes=2_000) as store:
+        await store.write([began(), said(0, 1, text="whispered"), Ended(saying("murmured", "resp_r_2", times=500))])
+        await store.write([Dropped("resp_r_1"), Ended(saying("plain", "resp_r_3"))])
+        await store.beat()
+        assert b"whispered" not in on_disk(path)
+        assert b"murmured" not in on_disk(path)
+        assert b"plain" in on_disk(path)
+
+
+async def test_while_somebody_reads_in_the_file_a_deletion_is_finished_by_a_later_beat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "BUSY_S", 0.01)
+    path = tmp_path / "s.sqlite"
     async with opened(path) as store:
-        assert await store.get("acme", "resp_r_2") == response("resp_r_2")
+        await store.write([ended()])
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            other.execute("BEGIN")
+            assert other.execute("SELECT count(*) FROM responses").fetchone() == (1,)
+            assert await store.delete("acme", "resp_r_1")
+            assert await store.get("acme", "resp_r_1") is None
+            assert SECRET_TEXT.encode() in on_disk(path)
+        await store.beat()
+        assert SECRET_TEXT.encode() not in on_disk(path)
+
+
+# -- durability --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("durability", "synchronous"), [("process", 1), ("power", 2)])
+async def test_a_power_cut_is_waited_for_only_where_it_was_asked_for(
+    tmp_path: Path, durability: str, synchronous: int
+) -> None:
+    path = tmp_path / "s.sqlite"
+    store = await SqliteStore.open(path, "a", "1", durability=durability)  # type: ignore[arg-type]
+    assert await store._run(lambda: store._connection.execute("PRAGMA synchronous").fetchone()) == (synchronous,)
+    await store.close()

@@ -1,0 +1,43 @@
+"""One router per file: a lock that its holder's death releases. Does not know what the file holds."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from core.errors import StoreUnavailable
+
+
+class FileLock:
+    """`<path>.lock`, held from `take` to `release`; it lies there for ever, with the last holder's process id in it."""
+
+    def __init__(self, path: Path) -> None:
+        self._guarded = path
+        self._path = path.with_name(path.name + ".lock")
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Raises StoreUnavailable if somebody else holds it, OSError if there can be no such file."""
+        self.release()
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise StoreUnavailable(
+                f"The store {self._guarded} is in use by another router (pid {holder or 'unknown'}); "
+                "stop that one, or name another file in store.path."
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

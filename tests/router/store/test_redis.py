@@ -1,0 +1,218 @@
+"""What is Redis's own: its restarts, leases that run out, keys that stay or go, passwords."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from core.errors import StoreUnavailable
+from router.journal import Dropped, Owned, Unfinished
+from router.store import redis as store_module
+from router.store.redis import RedisStore
+from tests.router.store.conftest import RedisServer
+from tests.router.store.entries import SECRET_TEXT, began, ended, read, response, said
+
+
+@contextlib.asynccontextmanager
+async def opened(server: RedisServer, name: str = "a", instance: str = "1", **more: float) -> AsyncIterator[RedisStore]:
+    store = await RedisStore.open(server.url, name, instance, **more)  # type: ignore[arg-type]
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def test_a_redis_that_was_killed_is_a_sentence_and_used_again_when_it_is_back(
+    redis_of_its_own: RedisServer,
+) -> None:
+    redis_of_its_own.start()
+    async with opened(redis_of_its_own) as store:
+        assert await store.write([began()]) == ["kept"]
+        redis_of_its_own.kill()
+        where = f"redis://127.0.0.1:{redis_of_its_own.port}/0"
+        for call in (store.write([said(0, 1)]), store.get("acme", "x"), store.beat(), store.unclaimed()):
+            with pytest.raises(StoreUnavailable, match=f"The store at {where} cannot be used: .*") as refused:
+                await call
+            assert refused.value.retryable
+        redis_of_its_own.start()
+        assert await store.write([said(0, 1), ended()]) == ["lost", "lost"], "that Redis has forgotten everything"
+        assert await store.write([began("resp_r_2"), ended("resp_r_2")]) == ["kept", "kept"]
+        await store.beat()
+
+
+async def test_a_redis_that_answers_no_more_is_not_waited_for_for_ever(
+    redis_of_its_own: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "TIMEOUT_S", 0.05)
+    redis_of_its_own.start()
+    async with opened(redis_of_its_own) as store:
+        with redis_of_its_own.client() as other:
+            other.client_pause(400)
+        with pytest.raises(StoreUnavailable, match="cannot be used"):
+            await store.write([began()])
+        monkeypatch.undo()
+    async with opened(redis_of_its_own, "b") as store:
+        found = await store.unclaimed()
+        assert found in ([], [("acme", "resp_r_1")]), "it may have been written or not"
+
+
+async def test_scripts_that_redis_has_forgotten_are_sent_again(redis: RedisServer) -> None:
+    async with opened(redis) as store:
+        await store.write([began(), said(0, 1)])
+        with redis.client() as other:
+            other.script_flush()
+            assert await store.write([said(1, 2), said(2, 3)]) == ["kept", "kept"]
+            other.script_flush()
+            found = await store.claim("acme", "resp_r_1")
+            other.script_flush()
+            await store.beat()
+    assert isinstance(found, Unfinished)
+    assert found.ids == [1, 2, 3]
+
+
+async def test_a_lease_runs_out_by_itself_and_is_kept_by_beats(redis: RedisServer) -> None:
+    async with opened(redis, "dying", lease_s=0.2) as dying, opened(redis, "heir") as heir:
+        await dying.write([began()])
+        assert await heir.claim("acme", "resp_r_1") == Owned("dying")
+        await dying.beat()
+        assert await heir.claim("acme", "resp_r_1") == Owned("dying")
+        while await heir.unclaimed() == []:
+            await asyncio.sleep(0.01)
+        assert isinstance(await heir.claim("acme", "resp_r_1"), Unfinished)
+        assert await dying.write([said(0, 1)]) == ["lost"]
+
+
+async def test_an_entry_of_an_epoch_before_a_routers_own_claim_is_lost(redis: RedisServer) -> None:
+    """One that lay in a connection which this router has given up already."""
+    async with opened(redis) as store:
+        await store.write([began()])
+        (late,) = store._commands([said(0, 1)])
+        assert late is not None
+        await store.claim("acme", "resp_r_1")
+        assert await store._send([late]) == [b"lost"]
+        assert await store.write([said(0, 2)]) == ["kept"]
+
+
+async def test_nothing_is_left_of_what_was_deleted_dropped_or_forgotten(redis: RedisServer) -> None:
+    async with opened(redis, max_bytes=1) as store:
+        for number in range(4):
+            name = f"resp_r_{number}"
+            await store.write([began(name), read(name), said(0, 1, response_id=name), said(1, 2, response_id=name)])
+        await store.write([ended("resp_r_0", created_at=1), ended("resp_r_1", created_at=2), Dropped("resp_r_2")])
+        assert await store.delete("acme", "resp_r_1")
+        assert await store.delete("acme", "resp_r_3")
+        await store.release()
+        with redis.client() as other:
+            assert set(other.keys()) == {b"edgechat:owners", b"edgechat:bytes"}
+            assert other.get("edgechat:bytes") == b"0"
+        async with opened(redis, "b") as heir:
+            await heir.unclaimed()
+            with redis.client() as other:
+                assert b"edgechat:owners" not in set(other.keys()), "a router that left nothing is forgotten"
+
+
+async def test_two_prefixes_share_a_redis_and_nothing_else(redis: RedisServer) -> None:
+    async with opened(redis) as store:
+        await store.write([ended()])
+    other = await RedisStore.open(redis.url, "a", "1", prefix="other")
+    assert await other.get("acme", "resp_r_1") is None
+    assert await other.write([ended()]) == ["kept"]
+    await other.close()
+    with redis.client() as looking:
+        assert {key.partition(b":")[0] for key in set(looking.keys())} == {b"edgechat", b"other"}
+
+
+async def test_a_full_redis_keeps_nothing_of_an_entry_that_it_refuses(redis: RedisServer) -> None:
+    async with opened(redis) as store:
+        await store.write([began(), said(0, 1)])
+        with redis.client() as other:
+            before = {key: other.dump(key) for key in sorted(other.keys()) if b"lease" not in key}
+            other.config_set("maxmemory", "1")
+            try:
+                with pytest.raises(StoreUnavailable, match="maxmemory"):
+                    await store.write([read(), said(1, 2), ended()])
+                assert await store.get("acme", "resp_r_1") is None
+                assert {key: other.dump(key) for key in sorted(other.keys()) if b"lease" not in key} == before
+                assert await store.delete("acme", "resp_r_1"), "making room is possible"
+            finally:
+                other.config_set("maxmemory", "0")
+
+
+async def test_a_redis_that_throws_away_what_it_likes_is_warned_of(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis.client() as other:
+        other.config_set("maxmemory", "1gb")
+        other.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            async with opened(redis):
+                assert "set it to noeviction" in caplog.text
+        finally:
+            other.config_set("maxmemory", "0")
+            other.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_a_damaged_unfinished_response_is_given_up_and_a_finished_one_an_error(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(redis) as store:
+        await store.write([began(), said(0, 1), said(1, 2), ended("resp_r_2")])
+        with redis.client() as other:
+            other.lpop("edgechat:said:resp_r_1")
+            other.set("edgechat:done:4:acme:resp_r_2", b"\xc1")
+        assert await store.claim("acme", "resp_r_1") is None
+        assert "resp_r_1 is damaged and given up" in caplog.text
+        assert SECRET_TEXT not in caplog.text
+        assert await store.unclaimed() == []
+        with pytest.raises(StoreUnavailable, match="cannot read"):
+            await store.get("acme", "resp_r_2")
+
+
+async def test_a_password_is_asked_for_and_never_repeated(
+    redis_of_its_own: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    redis_of_its_own.start()
+    with redis_of_its_own.client() as other:
+        other.config_set("requirepass", "hush-hush")
+    with_password = redis_of_its_own.url.replace("//", "//:hush-hush@")
+    wrong = redis_of_its_own.url.replace("//", "//:wrong-word@")
+    store = await RedisStore.open(with_password, "a", "1")
+    assert await store.write([ended()]) == ["kept"]
+    with pytest.raises(StoreUnavailable, match="invalid username-password") as refused:
+        await RedisStore.open(wrong, "b", "1")
+    assert "wrong-word" not in refused.value.message
+    redis_of_its_own.kill()
+    with pytest.raises(StoreUnavailable) as refused:
+        await store.write([ended("resp_r_2")])
+    await store.close()
+    assert "hush" not in refused.value.message + caplog.text
+
+
+async def test_close_finishes_every_write_that_was_accepted(redis: RedisServer) -> None:
+    store = await RedisStore.open(redis.url, "a", "1")
+    writes = [asyncio.create_task(store.write([ended(f"resp_r_{number}")])) for number in range(50)]
+    await asyncio.sleep(0)
+    for write in writes:
+        write.cancel()
+    await store.close()
+    async with opened(redis, "b") as store:
+        assert [await store.get("acme", f"resp_r_{number}") is None for number in range(50)] == [False] * 50
+
+
+async def test_many_calls_at_once_share_few_connections_and_too_many_are_refused(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(redis) as store:
+        await store.write([ended()])
+        assert await asyncio.gather(*(store.get("acme", "resp_r_1") for _ in range(100))) == [response()] * 100
+        with redis.client() as other:
+            assert len(other.client_list()) <= store_module.MAX_CONNECTIONS + 1
+        monkeypatch.setattr(store_module, "MAX_WAITING", 4)
+        waiting = [asyncio.create_task(store.get("acme", "x")) for _ in range(4)]
+        await asyncio.sleep(0)
+        with pytest.raises(StoreUnavailable, match="4 calls behind"):
+            await store.get("acme", "x")
+        assert await asyncio.gather(*waiting) == [None] * 4
