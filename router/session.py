@@ -308,7 +308,7 @@ class Session:
             seed=self.record.seed,
             sampling=terms.sampling(request),
             stop=request.stop,
-            max_output_tokens=request.max_output_tokens,
+            max_output_tokens=self._most_output_tokens(),
             tools=terms.offered_tools(request),
             format=terms.answer_format(request),
             effort=terms.effort(request),
@@ -321,6 +321,11 @@ class Session:
             deadline_s=deadline_s,
             exact=request.exact,
         )
+
+    def _most_output_tokens(self) -> int:
+        """Where the first node's context ends the answer, it ends on a larger node as well."""
+        most = self.record.request.max_output_tokens
+        return most if self.placed is None else min(most, self.placed.context_tokens - self.placed.input_tokens)
 
     # -- what the node says --------------------------------------------------------------------
 

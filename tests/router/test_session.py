@@ -473,6 +473,16 @@ def test_a_conversation_that_was_cut_is_cut_at_the_same_place_by_the_next_node()
     assert frame.dropped_items == 4
 
 
+def test_an_answer_that_the_first_nodes_context_ends_is_no_longer_on_a_larger_node() -> None:
+    session = Settled(unsettled(record(max_output_tokens=64)))
+    session.start(place("small", context_tokens=110), NOW, NOW.mono_s)
+    session.on_frame("small", Started(STREAM, 1, 100, 0), NOW)
+    session.on_node_lost("small", NOW)
+    (frame,) = sent(session.assign(place("large"), NOW))
+    assert isinstance(frame, Generate)
+    assert frame.max_output_tokens == 10
+
+
 def test_a_refusal_by_the_node_is_an_error_and_no_response() -> None:
     session, _ = dispatched()
     effects = session.on_frame("a", failed(1, "context_length_exceeded", retryable=False), NOW)
