@@ -63,7 +63,8 @@ class Context:
         self.sessions.on_tick()
         for outbox in list(self.outboxes):
             outbox.look(now_s)
-        for connection in self.stalls.look(self.clients(), now_s):
+        watched = {outbox.transport for outbox in self.outboxes if outbox.transport is not None}
+        for connection in self.stalls.look(self.clients(), now_s, watched):
             if connection.transport is not None and not connection.transport.is_closing():
                 self.metrics.stalled.inc()
                 connection.transport.abort()

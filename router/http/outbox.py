@@ -32,7 +32,7 @@ class Outbox:
         most_s: float,
         on_cut: Callable[[], None],
     ) -> None:
-        self._transport = transport
+        self.transport = transport
         self._now_s = now_s
         self._most_s = most_s
         self._on_cut = on_cut
@@ -44,6 +44,11 @@ class Outbox:
         self._wake = asyncio.Event()
         if transport is None:
             self.finish()
+
+    @property
+    def unread_bytes(self) -> int:
+        """What was said and is not known to be read."""
+        return self._pace.said_bytes - self._pace.read_bytes
 
     def put(self, *pieces: bytes) -> None:
         """Queue what is said in one go; after `finish` or a cut it is dropped, for nobody reads any more.
@@ -69,11 +74,11 @@ class Outbox:
 
     def look(self, now_s: float) -> None:
         """Learn how far the client is, and cut the connection of one too slow to be kept; at every tick."""
-        if self._transport is None or self._cut:
+        if self.transport is None or self._cut:
             return
-        self._learn(self._transport, now_s)
+        self._learn(self.transport, now_s)
         if self._pace.is_behind(now_s):
-            self._cut_off(self._transport)
+            self._cut_off(self.transport)
 
     async def drain(self, write: Callable[[bytes], Awaitable[None]]) -> bool:
         """Hand out what is queued until finished, and say whether that was all: False after a cut.

@@ -1,14 +1,17 @@
 """Clients that hold a connection and do not use it: no request comes, or nothing of an answer is taken.
 
-A decision over a clock and the transports' buffers. What a stream still has to say is watched by its outbox.
+A decision over a clock and what transports and kernel hold. What a stream still has to say is watched by its outbox.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Collection, Iterable
 from typing import NamedTuple, TypeAlias
 
 from aiohttp import web
+
+from router.http import kernel
 
 Connection: TypeAlias = web.RequestHandler
 
@@ -36,12 +39,14 @@ class Stalls:
         """A whole request head came."""
         self._asked.add(connection)
 
-    def look(self, connections: Iterable[Connection], now_s: float) -> list[Connection]:
-        """The connections that are to be cut off."""
+    def look(
+        self, connections: Iterable[Connection], now_s: float, watched: Collection[asyncio.BaseTransport] = ()
+    ) -> list[Connection]:
+        """The connections that are to be cut off; one of `watched` has an outbox, which knows better."""
         if now_s - self._looked_at_s < LOOK_EVERY_S:
             return []
         self._looked_at_s = now_s
-        self._seen = {connection: self._look_at(connection, now_s) for connection in connections}
+        self._seen = {connection: self._look_at(connection, now_s, watched) for connection in connections}
         self._asked &= self._seen.keys()
         return [
             connection
@@ -49,8 +54,12 @@ class Stalls:
             if now_s - seen.moved_at_s > self._patience_s(connection)
         ]
 
-    def _look_at(self, connection: Connection, now_s: float) -> _Seen:
-        unsent_bytes = connection.transport.get_write_buffer_size() if connection.transport else 0
+    def _look_at(self, connection: Connection, now_s: float, watched: Collection[asyncio.BaseTransport]) -> _Seen:
+        transport, unsent_bytes = connection.transport, 0
+        if transport is not None:
+            unsent_bytes = transport.get_write_buffer_size() + kernel.unacknowledged_bytes(transport)
+            if transport in watched:
+                return _Seen(now_s, unsent_bytes)
         before = self._seen.get(connection)
         if before is None or unsent_bytes < before.unsent_bytes or (unsent_bytes == 0 and connection in self._asked):
             return _Seen(now_s, unsent_bytes)
