@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from router.journal import Began, Dropped, Ended, Entry, Outcome
 
+MAX_HELD = 200_000
+"""More than a router can be answering: the rest are responses that others have claimed without its noticing."""
 MAX_LOST = 4096
 """Lost responses that are remembered: each only until what its session had put down before it knew is through."""
 
@@ -25,7 +27,10 @@ class Held:
     def take(self, response_id: str, epoch: int) -> None:
         """It is this router's, from `epoch` on."""
         self._lost.pop(response_id, None)
+        self._epochs.pop(response_id, None)
         self._epochs[response_id] = epoch
+        if len(self._epochs) > MAX_HELD:
+            self._lose(next(iter(self._epochs)))
 
     def epoch(self, response_id: str) -> int | None:
         """Where this router's epochs of it begin; None if it does not hold it (any more)."""
