@@ -32,7 +32,7 @@ export class ExchangeView {
     this.wait = element(
       "div",
       { class: "wait" },
-      element("p", {}, element("span", { class: "pulse", "aria-hidden": "true" }), this.waitText, this.elapsed),
+      element("p", {}, element("span", { class: "pulse", "aria-hidden": "true" }), element("span", {}, this.waitText, this.elapsed)),
       this.bar,
     );
     this.answer = element("div", { class: "answer", dir: "auto" });
@@ -88,9 +88,9 @@ export class ExchangeView {
 
   /** How long the first words have been waited for; called on every frame. */
   showElapsed(nowMs) {
-    const { answer, sentAtMs } = this.#exchange;
+    const { answer, sentAtMs, status } = this.#exchange;
     const seconds = sentAtMs === null ? 0 : Math.floor((nowMs - sentAtMs) / 1000);
-    this.elapsed.hidden = this.wait.hidden || answer !== "" || seconds < ELAPSED_FROM_S;
+    this.elapsed.hidden = this.wait.hidden || status === "away" || answer !== "" || seconds < ELAPSED_FROM_S;
     if (!this.elapsed.hidden) setText(this.elapsed, this.#strings.elapsed(seconds));
   }
 

@@ -39,7 +39,7 @@ const en = {
   answeredBy: (name, region) => `Answered by node ${name}${region ? `, region ${region}` : ""}`,
   movedFrom: (name) => `moved from ${name}`,
   thinking: "Waiting for the first words",
-  reading: (percent) => `Reading the conversation, ${percent} %`,
+  reading: (percent) => `Reading the conversation, ${percent}\u00a0%`,
   readingLabel: "Conversation read",
   elapsed: (seconds) => (seconds < 60 ? `${seconds} s` : `${Math.floor(seconds / 60)} min ${seconds % 60} s`),
   pickingUp: "Picking up the answer where it stopped",

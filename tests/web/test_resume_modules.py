@@ -54,6 +54,14 @@ async def test_a_missing_event_leaves_no_wrong_text_and_what_follows_is_fetched_
     assert (whole["answer"], whole["status"]) == ("Hi, world!", "done")
 
 
+async def test_what_a_distrusted_connection_still_tells_does_not_make_it_trusted(modules: Module) -> None:
+    exchange = await modules.run("""
+      const news = [server({ type: "progress", responseId: "r1", computed: 1, total: 2 }),
+        server({ type: "node", responseId: "r1", node: "eu", region: "eu" })];
+      return play([...begun, says("world", 3), ...news]).exchanges[0];""")
+    assert (exchange["status"], exchange["pickup"]["phase"]) == ("away", "refused")
+
+
 RANDOM_CUTS = """
   let seed = argument + 1;
   const random = () => {  // mulberry32
