@@ -127,7 +127,7 @@ class Peers:
         """
         streaming = aiohttp.ClientTimeout(sock_connect=CONNECT_S, sock_read=LEASE_S)
         whole = aiohttp.ClientTimeout(ANSWER_S, sock_connect=CONNECT_S)
-        timeout = streaming if request.method == "GET" else whole
+        timeout = streaming if query else whole
         path = _path(response_id, action)
         async with self._ask(router, request.method, path, tenant, timeout, query) as answer:
             head = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
@@ -183,7 +183,8 @@ class Peers:
                 raise _refusal(await self._json(router, answer))
             yield Following(answer.headers.get("x-edge-node", ""), self._events(router, answer, starting_after))
 
-    async def _events(self, router: str, answer: aiohttp.ClientResponse, before: int) -> AsyncIterator[Event]:
+    async def _events(self, router: str, answer: aiohttp.ClientResponse, starting_after: int) -> AsyncIterator[Event]:
+        before = starting_after
         with self._believing(router):
             async for data in sse_data(answer.content.iter_any()):
                 head = msgspec.json.decode(data, type=_Numbered)
@@ -196,7 +197,8 @@ class Peers:
                 yield msgspec.json.decode(data)
                 if head.type in _LAST:
                     return
-            if before < 0 or not answer.content.at_eof():
+            # Only of what was read to its end already there is nothing left to say.
+            if before != starting_after or before < 0:
                 raise _Unusable("its stream has no end")
 
     # -- one question --------------------------------------------------------------------------
@@ -295,7 +297,7 @@ async def sse_data(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 def _cut(request: web.Request, router: str, error: Exception) -> NoReturn:
     """Hang up on our client in the middle of its stream: an orderly end would look like the response's."""
-    log.warning("a stream from router %s broke off: %s", router, str(error) or type(error).__name__)
-    if request.transport is not None:
+    if request.transport is not None and not request.transport.is_closing():
+        log.warning("a stream from router %s broke off: %s", router, str(error) or type(error).__name__)
         request.transport.close()
     raise ConnectionResetError(f"the stream from router {router} broke off") from error
