@@ -8,7 +8,9 @@ from typing import Protocol
 
 import pytest
 
-from tests.e2e.processes import Fleet, Process, build_fleet
+from tests.e2e.disasters import NEVER_S, WiredFleet, wired_fleet
+from tests.e2e.processes import READY_S, Fleet, Process, Router, build_fleet, free_port
+from tests.e2e.waiting import eventually
 
 LINES_SHOWN = 80
 TEST_LIMIT_S = 300
@@ -62,6 +64,65 @@ def make_fleet(smollm2_release: Path, consul_binary: Path, tmp_path: Path) -> It
     yield make
     for own in made:
         own.close()
+
+
+@pytest.fixture(scope="session")
+def _three_nodes(smollm2_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WiredFleet]:
+    edge = {"EDGE__NODE__DRAIN_S": NEVER_S}
+    shared = wired_fleet(smollm2_release, tmp_path_factory.mktemp("three"), ("eu", "us", "asia"), edge)
+    try:
+        shared.start()
+        yield shared
+    finally:
+        shared.close()
+
+
+@pytest.fixture
+def three_nodes(_three_nodes: WiredFleet) -> WiredFleet:
+    """Nodes `eu`, `us` and `asia` on wires, and a router: shared by tests that break them, whole for each of them."""
+    _three_nodes.mend()
+    return _three_nodes
+
+
+class MakeRouter(Protocol):
+    """What the fixture `make_router` gives: one more router that shares nodes of `three_nodes`, as a fleet."""
+
+    def __call__(
+        self,
+        name: str,
+        *,
+        nodes: Sequence[str] = ...,
+        settings: Mapping[str, str] | None = None,
+        start: bool = True,
+    ) -> Fleet: ...
+
+
+@pytest.fixture
+def make_router(three_nodes: WiredFleet, tmp_path: Path) -> Iterator[MakeRouter]:
+    """A factory of routers for this test alone; their ports are known before they start."""
+    made: list[Router] = []
+
+    def make(
+        name: str,
+        *,
+        nodes: Sequence[str] = ("eu", "us", "asia"),
+        settings: Mapping[str, str] | None = None,
+        start: bool = True,
+    ) -> Fleet:
+        chosen = {node: three_nodes.node(node) for node in nodes}
+        own = {"ROUTER__STORE__PATH": str(tmp_path / f"{name}.sqlite"), **(settings or {})}
+        router = Router(three_nodes.folder, name=name, nodes=list(chosen.values()), settings=own)
+        router.ports = (free_port(),)
+        made.append(router)
+        fleet = Fleet(None, dict(chosen), router)
+        if start:
+            router.start().wait_ready()
+            eventually(fleet.all_ready, READY_S, f"the router {name} sees its nodes")
+        return fleet
+
+    yield make
+    for router in made:
+        router.close()
 
 
 @pytest.fixture(autouse=True)

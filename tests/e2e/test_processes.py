@@ -15,6 +15,7 @@ import pytest
 
 from tests.e2e.processes import ROOT, Consul, Process, free_port
 from tests.e2e.waiting import eventually, eventually_async, http
+from tests.e2e.wire import Wire
 
 
 @pytest.fixture
@@ -120,3 +121,27 @@ async def test_the_async_form_waits_for_sync_and_async_predicates_alike() -> Non
     assert await eventually_async(os.getpid) == os.getpid()
     with pytest.raises(AssertionError, match=r"the moon is reached \(last value: 0\)"):
         await eventually_async(lambda: 0, 0, "the moon is reached")
+
+
+def test_a_wire_passes_bytes_unless_it_is_cut_or_silent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        wire = Wire(lambda: int(server.getsockname()[1]))
+        with socket.create_connection(("127.0.0.1", wire.port)) as near, server.accept()[0] as far:
+            near.settimeout(0.2)
+            far.sendall(b"one")
+            assert near.recv(8) == b"one"
+            wire.silence()
+            far.sendall(b"two")
+            with pytest.raises(TimeoutError):
+                near.recv(8)
+            wire.heal()
+            near.settimeout(30)
+            assert near.recv(8) == b"two"
+            wire.cut()
+            with pytest.raises(ConnectionResetError):
+                near.recv(8)
+        wire.heal()
+        with socket.create_connection(("127.0.0.1", wire.port)) as near, server.accept()[0] as far:
+            near.sendall(b"three")
+            assert far.recv(8) == b"three"
+        wire.close()
