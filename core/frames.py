@@ -114,8 +114,8 @@ class Generate(_Frame, frozen=True, tag="generate"):
     """Start or continue a stream; `output_ids` are already the client's and are replayed silently.
 
     deadline_s: seconds from receipt, 0 = none. cache_salt: keys the prefix store per tenant. prefix_keys[i]:
-    core.conversation's key of items[0..i], or none. priority: higher goes first. exact: no speculation, whose
-    numbers differ in their last bits.
+    core.conversation's key of items[0..i], or none. priority: higher goes first. exact: nothing whose numbers differ
+    in their last bits: no speculation, and given ids are computed as they were when they were generated.
     """
 
     stream: str

@@ -13,6 +13,7 @@ import uvloop
 from core.errors import ConfigError, EdgechatError
 from router.config import Config, load_config
 from router.server import link_tls, listen_tls, make_registry, run
+from router.store.opening import redis_url
 
 EXIT_CONFIG = 2
 
@@ -29,6 +30,7 @@ def main() -> int:
             listen_tls(config.listen)
             link_tls(config.link)
             make_registry(config, "", config.listen.port)
+            redis_url(config.store)
             print(f"{arguments.config or 'the built-in configuration'} is good")
             return 0
         uvloop.run(run(config, secret))

@@ -192,6 +192,10 @@ class Journal:
             self._writing, self._waiting = self._waiting, []
             self._commit([waiting.entry for waiting in self._writing])
 
+    def drop(self, response_id: str) -> None:
+        """Forget what waits to be written of a response: its writer is gone, and another may be there any moment."""
+        self._waiting = [waiting for waiting in self._waiting if waiting.entry.id != response_id]
+
     def committed(self, outcomes: Sequence[Outcome]) -> None:
         """The batch is written; what was put meanwhile is the next."""
         written, self._writing = self._writing, []

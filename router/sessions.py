@@ -374,6 +374,8 @@ class Sessions:
                     self._refuse(running, failure)
 
     def _written(self, running: Running, outcome: Outcome) -> None:
+        if outcome != "kept":
+            self._journal.drop(running.record.id)
         self._carry_out(running, running.session.on_written(outcome))
 
     def _assign(self, session: Session, needed: NeedNode) -> list[Effect]:

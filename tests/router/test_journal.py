@@ -66,6 +66,17 @@ def test_a_batch_that_failed_is_refused_whole_and_the_next_is_tried() -> None:
     assert [names(batch) for batch in disk.batches] == [["a", "b"], ["c"]]
 
 
+def test_what_waits_of_a_response_can_be_forgotten() -> None:
+    disk = Disk()
+    disk.put("a")
+    disk.journal.flush()
+    disk.put("a", "b", "a")
+    disk.journal.drop("a")
+    disk.journal.committed(["refused"])
+    assert [names(batch) for batch in disk.batches] == [["a"], ["b"]]
+    assert disk.told == [("a", "refused")]
+
+
 @given(st.lists(st.one_of(st.integers(1, 3), st.just("flush"), st.just("back")), max_size=40))
 def test_whatever_the_rhythm_all_is_written_once_in_the_order_in_which_it_was_put(steps: list[int | str]) -> None:
     disk, put, back = Disk(), 0, 0

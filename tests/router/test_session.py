@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.frames import Cancel, Done, Failed, Generate, Progress, Row, Sampling, Started, Timings, Usage
-from core.stream import Event, Failure, RequestRecord, replay
-from router.journal import Dropped, Ended, Entry, Outcome, Placed, Read, Said, Unfinished
+from core.stream import EndRecord, Event, Failure, RequestRecord, replay
+from router.journal import Began, Dropped, Ended, Entry, Outcome, Placed, Read, Said, StoredResponse, Unfinished
 from router.session import (
     MAX_FRUITLESS_LOSSES,
     MAX_UNPROMISED_DISPATCHES,
@@ -662,6 +662,91 @@ def test_an_answer_goes_on_where_it_has_the_room_it_was_begun_with_and_best_as_t
     assert session.on_node_lost("a", NOW) == [NeedNode(RELEASE, frozenset({"a"}), "cpu-int8", 2048)]
 
 
+def end_of(effects: list[Effect]) -> EndRecord:
+    finished = effects[-1]
+    assert isinstance(finished, Finished)
+    return finished.response.end
+
+
+@pytest.mark.parametrize(
+    ("finish", "status", "reason"),
+    [("stop", "completed", None), ("length", "incomplete", "max_output_tokens"), ("cancelled", "cancelled", None)],
+)
+def test_an_end_has_its_time_and_what_the_node_counted(finish: Any, status: Any, reason: str | None) -> None:
+    session, _ = started()
+    end = end_of(session.on_frame("a", done(1, finish), NOW))
+    assert end == EndRecord(status=status, completed_at=1010, reason=reason, usage=Usage(5, 0, 4))
+
+
+def test_a_failure_has_its_time_and_what_was_counted_here() -> None:
+    session, _ = started()
+    session.on_frame("a", Started(STREAM, 1, 12, 8), NOW)
+    session.on_frame("a", row(1, 0, 2), NOW)
+    end = end_of(session.on_frame("a", failed(1, "server_error", retryable=False), NOW))
+    failure = Failure("server_error", "It broke; try again.", False)
+    assert end == EndRecord(status="failed", completed_at=1010, error=failure, usage=Usage(12, 8, 2))
+
+
+def test_a_cut_answer_of_which_nothing_was_counted_has_used_nothing_but_its_ids() -> None:
+    session, _ = started()
+    end = end_of(session.on_cancel(NOW))
+    assert end == EndRecord(status="cancelled", completed_at=1010, usage=Usage(0, 0, 0))
+
+
+def test_a_warm_up_ends_at_once_and_has_used_nothing() -> None:
+    session = Settled(unsettled(record()))
+    end = end_of(session.warm_up(NOW))
+    assert end == EndRecord(status="completed", completed_at=1010, usage=Usage(0, 0, 0))
+
+
+def test_what_is_written_is_all_that_somebody_else_needs_to_go_on() -> None:
+    session, effects = written(4)
+    made = session.record
+    effects += session.on_frame("a", done(1), NOW)
+    end = EndRecord(status="completed", completed_at=1010, usage=Usage(5, 0, 4))
+    assert [effect.entry for effect in effects if isinstance(effect, Write)] == [
+        Began(Unfinished(made, made.request.input, 0)),
+        Said(STREAM, 0, IDS, DELTAS),
+        Ended(StoredResponse(made, IDS, DELTAS, end)),
+    ]
+
+
+def test_an_unwanted_response_is_dropped_by_its_name() -> None:
+    session, _ = written(1)
+    assert session.on_cancel(NOW, keep=False)[-1] == Write(Dropped(STREAM))
+
+
+def test_an_answer_that_is_complete_before_its_beginning_is_written_still_names_its_node() -> None:
+    session, _ = written(4)
+    session.on_frame("a", done(1), NOW)
+    assert Serving("a") in session.on_written("kept")
+
+
+def test_an_answer_that_has_lost_its_node_before_its_beginning_is_written_names_none() -> None:
+    session, _ = written(1)
+    session.on_node_lost("a", NOW)
+    assert [type(effect) for effect in session.on_written("kept")] == [Deliver]
+
+
+def test_progress_made_before_the_beginning_is_written_is_told_after_it() -> None:
+    session = unsettled(record())
+    session.start(place("a"), NOW, NOW.mono_s)
+    assert [type(effect) for effect in session.on_frame("a", Progress(STREAM, 1, 64, 900), NOW)] == [Write]
+    assert session.on_written("kept")[1:] == [Serving("a"), Reading(64, 900)]
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_a_response_has_readers_until_the_last_one_leaves(store: bool) -> None:
+    session, _ = started(store=store)
+    session.on_reader_joined()
+    session.on_reader_joined()
+    assert session.on_reader_left(NOW) == []
+    assert session.on_reader_left(NOW) == []
+    assert (session.wake_at_s, session.ended) == (None, False)
+    session.on_reader_left(NOW)
+    assert (session.wake_at_s, session.ended) == ((40.0, False) if store else (None, True))
+
+
 # -- going on with what was written -----------------------------------------------------------------
 
 
@@ -837,3 +922,72 @@ def test_whatever_happens_the_log_is_the_replay_of_what_is_written_with_at_most_
             assert terminals == 1
             assert response.ids == IDS[: len(response.ids)]
             assert log == replay(response.record, response.deltas, response.end)
+
+
+# -- how long an answer waits -------------------------------------------------------------------------
+
+
+def test_the_wait_for_a_node_is_counted_from_the_loss_and_not_from_the_last_question() -> None:
+    session, _ = started()
+    session.on_node_lost("a", NOW)
+    for seconds in (0.0, 5.0, 10.0, 14.9):
+        assert session.assign(None, later(seconds)) == []
+    assert session.wake_at_s == 25.0
+    assert types(session.assign(None, later(15.0))) == ["response.failed"]
+
+
+def test_a_node_that_took_no_notice_does_not_make_the_wait_longer() -> None:
+    session, _ = started()
+    session.on_node_lost("a", NOW)
+    session.assign(place("b"), later(10.0))
+    session.on_frame("b", failed(2, "overloaded", retryable=True), later(10.0))
+    assert types(session.assign(None, later(15.0))) == ["response.failed"]
+
+
+def test_a_node_that_went_on_with_the_answer_ends_the_wait() -> None:
+    session, _ = started()
+    session.on_node_lost("a", NOW)
+    session.assign(place("b"), later(10.0))
+    session.on_frame("b", Progress(STREAM, 2, 0, 5), later(10.0))
+    session.on_node_lost("b", later(14.0))
+    assert session.assign(None, later(28.9)) == []
+    assert types(session.assign(None, later(29.0))) == ["response.failed"]
+
+
+def test_a_stream_that_was_handed_over_to_nobody_names_the_node_that_it_left() -> None:
+    session, _ = started()
+    session.on_drain(lambda needed: True, NOW)
+    effects = session.assign(None, NOW) + session.assign(None, later(15.0))
+    assert "'a'" in events(effects)[-1]["response"]["error"]["message"]
+
+
+def test_a_response_that_was_taken_over_and_finds_no_node_names_its_model() -> None:
+    session, _ = resumed()
+    assert session.assign(None, later(14.9)) == []
+    error = events(session.assign(None, later(15.0)))[-1]["response"]["error"]
+    assert (error["edgechat_code"], "'tiny'" in error["message"]) == ("no_node_available", True)
+
+
+def test_a_response_that_was_taken_over_counts_its_readers_from_none() -> None:
+    session, _ = resumed()
+    session.on_reader_joined()
+    session.on_reader_left(later(1.0))
+    assert session.wake_at_s == 25.0  # no node; the grace would end later
+    session.assign(place("b"), later(1.0))
+    assert session.wake_at_s == 41.0
+
+
+def test_a_clock_that_was_set_back_gives_no_more_time_than_there_was() -> None:
+    made = record(deadline_s=9.0)
+    session, now = Settled(unsettled(made)), Instant(NOW.mono_s, made.created_at - 500)
+    session.resume(Unfinished(made, made.request.input, 1, PLACED, [], []), now)
+    (frame,) = sent(session.assign(place("b"), now))
+    assert isinstance(frame, Generate)
+    assert frame.deadline_s == 9.0
+
+
+def test_time_runs_out_to_the_moment() -> None:
+    session, _ = started(deadline_s=9.0)
+    session.on_node_lost("a", NOW)
+    assert session.assign(None, later(8.5)) == []
+    assert session.on_suspicion(lambda needed: False, later(8.5)) == []
