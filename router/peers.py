@@ -45,7 +45,10 @@ ANSWER_S = 15.0
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
 # What of an answer's head is for our client as well; the rest is between the routers.
-_PASSED_ON = ("content-type", "cache-control", "x-accel-buffering", "x-edge-node", "retry-after", "x-should-retry")
+_PASSED_ON = (
+    *("content-type", "cache-control", "x-accel-buffering", "x-content-type-options"),
+    *("x-edge-node", "x-request-id", "retry-after", "x-should-retry"),
+)
 _LAST = {"response.completed", "response.incomplete", "response.failed"}
 
 
@@ -119,17 +122,26 @@ class Peers:
             await self._opened.close()
 
     async def forward(
-        self, router: str, request: web.Request, tenant: str, response_id: str, action: str = "", query: str = ""
+        self,
+        router: str,
+        request: web.Request,
+        tenant: str,
+        response_id: str,
+        *,
+        action: str = "",
+        query: str = "",
+        request_id: str = "",
     ) -> web.StreamResponse:
-        """Have `router` answer a request; action: what follows the id in the path ("/cancel"). query: in a URL's form.
+        """Have `router` answer a request.
 
+        action: what follows the id in the path ("/cancel"). query: "" or `stream_query`. request_id: of both answers.
         A stream that breaks off there breaks off here, without an end, so that the client resumes.
         """
         streaming = aiohttp.ClientTimeout(sock_connect=CONNECT_S, sock_read=LEASE_S)
         whole = aiohttp.ClientTimeout(ANSWER_S, sock_connect=CONNECT_S)
         timeout = streaming if query else whole
         path = _path(response_id, action)
-        async with self._ask(router, request.method, path, tenant, timeout, query) as answer:
+        async with self._ask(router, request.method, path, tenant, timeout, query, request_id) as answer:
             head = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
             if answer.status != 200 or answer.content_type != SSE:
                 body = await self._json(router, answer)
@@ -205,7 +217,14 @@ class Peers:
 
     @asynccontextmanager
     async def _ask(
-        self, router: str, method: str, path: str, tenant: str, timeout: aiohttp.ClientTimeout, query: str = ""
+        self,
+        router: str,
+        method: str,
+        path: str,
+        tenant: str,
+        timeout: aiohttp.ClientTimeout,
+        query: str = "",
+        request_id: str = "",
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         url = self._urls.get(router) if self._secret and not self._closed else None
         if url is None:
@@ -215,6 +234,8 @@ class Peers:
             TENANT_HEADER: quote(tenant, safe=""),
             "accept-encoding": "identity",
         }
+        if request_id:
+            headers["x-request-id"] = request_id
         where = URL(f"{url}{path}{'?' if query else ''}{query}", encoded=True)
         with self._believing(router):
             answer = await self._session().request(

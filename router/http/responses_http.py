@@ -17,7 +17,7 @@ from router.api.call import Call, parse_json
 from router.api.responses import Retrieve, deletion, parse_create, parse_retrieve
 from router.finder import Elsewhere, Here
 from router.http import sse
-from router.http.context import Context, context_of, principal
+from router.http.context import Context, context_of, principal, request_id
 from router.http.middleware import body_of, json_response
 from router.http.outbox import Outbox
 from router.http.readers import Whole
@@ -57,7 +57,7 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
     found = await context.finder.find(who.tenant, response_id)
     if isinstance(found, Elsewhere):
         query = stream_query(asked.starting_after) if asked.stream else ""
-        return await context.routers.forward(found.router, request, who.tenant, response_id, query=query)
+        return await _pass_on(request, found, who.tenant, query=query)
     return await retrieved(request, found, asked)
 
 
@@ -66,7 +66,7 @@ async def delete(request: web.Request) -> web.StreamResponse:
     context, who, response_id = context_of(request), principal(request, "chat"), request.match_info["id"]
     found = await context.finder.find(who.tenant, response_id)
     if isinstance(found, Elsewhere):
-        return await context.routers.forward(found.router, request, who.tenant, response_id)
+        return await _pass_on(request, found, who.tenant)
     return await deleted(request, found)
 
 
@@ -78,8 +78,22 @@ async def cancel(request: web.Request) -> web.StreamResponse:
         return await cancelled(request, running)
     found = await context.finder.find(who.tenant, response_id)
     if isinstance(found, Elsewhere):
-        return await context.routers.forward(found.router, request, who.tenant, response_id, "/cancel")
+        return await _pass_on(request, found, who.tenant, action="/cancel")
     return await cancelled(request, found)
+
+
+async def _pass_on(
+    request: web.Request, found: Elsewhere, tenant: str, *, action: str = "", query: str = ""
+) -> web.StreamResponse:
+    return await context_of(request).routers.forward(
+        found.router,
+        request,
+        tenant,
+        request.match_info["id"],
+        action=action,
+        query=query,
+        request_id=request_id(request),
+    )
 
 
 # -- what is here ------------------------------------------------------------------------------

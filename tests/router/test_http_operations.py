@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
+from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
+from router.config import Discovery
 from router.http import pages
-from tests.router.fakes import BODY, MODEL, FakeRouter, saying, with_key
+from router.registry import RouterAddress
+from tests.router.fakes import BODY, CONFIG, MODEL, FakeRouter, running_router, saying, with_key
 
 
 @pytest.fixture
@@ -77,6 +80,20 @@ async def test_the_edges_are_shown_to_any_key(router: FakeRouter, http: ClientSe
         async with http.get("/v1/edges", headers=with_key(name)) as answer:
             (edge,) = (await answer.json())["data"]
         assert edge == {"name": "eu", "region": "region-eu", "models": [MODEL], "available": True, "rtt_ms": 2.0}
+
+
+async def test_the_edges_list_nameless_routers_as_they_are_configured() -> None:
+    listed = Discovery(routers=["https://eu.example", "us=https://us.example"])
+    async with (
+        running_router(structs.replace(CONFIG, discovery=listed)) as router,
+        ClientSession(router.url, headers=with_key("alice")) as http,
+    ):
+        router.context.routers.set_addresses([RouterAddress("us", "https://us.example")])
+        async with http.get("/v1/edges") as answer:
+            assert (await answer.json())["routers"] == [
+                {"name": "us", "url": "https://us.example"},
+                {"name": "", "url": "https://eu.example"},
+            ]
 
 
 async def test_metrics_count_what_happened_and_hold_no_text(router: FakeRouter, http: ClientSession) -> None:

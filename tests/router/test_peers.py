@@ -197,6 +197,22 @@ async def test_another_tenants_response_elsewhere_is_exactly_an_unknown_one(
     assert len(a.store.kept) == 1
 
 
+@pytest.mark.parametrize("path", ["", "?stream=true", "/cancel"])
+async def test_an_answer_from_elsewhere_has_the_head_of_one_from_here(
+    pair: tuple[FakeRouter, FakeRouter], http: ClientSession, path: str
+) -> None:
+    a, b = pair
+    response_id, _ = await whole(a, http)
+    heads = []
+    for router in (a, b):
+        url, headers = f"{router.url}/v1/responses/{response_id}{path}", {"x-request-id": "mine"}
+        async with http.request("POST" if path == "/cancel" else "GET", url, headers=headers) as answer:
+            assert answer.status == 200
+            heads.append({name.lower(): value for name, value in answer.headers.items() if name != "Date"})
+    assert heads[0] == heads[1]
+    assert heads[0]["x-request-id"] == "mine"
+
+
 async def test_a_client_that_leaves_ends_what_was_asked_for_it(
     pair: tuple[FakeRouter, FakeRouter], http: ClientSession, anyone: ClientSession
 ) -> None:
