@@ -23,11 +23,12 @@ HAS_RUN := $(VENV)/.has-run-$(call hash,requirements/run.txt)
 HAS_ORACLE := .venv-oracle/.has-$(call hash,requirements/oracle.txt)-$(subst =,,$(TORCH))
 HAS_GENAI := .venv-genai/.has-$(call hash,requirements/genai.txt)-$(subst =,,$(TORCH))
 HAS_LLAMACPP := .venv-llamacpp/.has-$(call hash,requirements/llamacpp.txt)
+HAS_MUTMUT := .tools/mutmut/.has-$(call hash,requirements/mutants.txt)
 HAS_DEV := $(VENV)/.has-dev-$(call hash,requirements/dev.txt requirements/beside-torch.txt)-$(subst =,,$(TORCH))
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install up consul system-deps test test-slow unit e2e lint types format oracle genai llamacpp bench
+.PHONY: help install up consul system-deps test test-slow unit e2e lint types format oracle genai llamacpp mutants bench
 .PHONY: bench-first bench-engine bench-export bench-exporters model lock clean
 
 help:  ## this list
@@ -76,6 +77,9 @@ genai: $(HAS_GENAI)  ## onnxruntime-genai's model builder in .venv-genai, measur
 
 llamacpp: $(HAS_LLAMACPP)  ## llama.cpp in .venv-llamacpp, measured beside ours
 
+mutants: $(HAS_DEV) $(HAS_MUTMUT)  ## mutation testing of the session machine and the event log: docs/mutants.md
+	@PYTHONPATH=.tools/mutmut $(PY) scripts/mutants
+
 bench: bench-first bench-engine bench-export bench-exporters  ## all measurements
 
 bench-first: $(HAS_DEV) model  ## export, tokens/s, time to first token, what the router adds
@@ -98,7 +102,7 @@ lock: $(HAS_DEV)  ## write requirements/*.txt again; `make lock UPGRADE=1` takes
 	$(PY) scripts/oracle-lock $(if $(UPGRADE),--upgrade)
 
 clean:  ## forget everything built or installed here, except data/ and releases/
-	rm -rf $(VENV) .venv-oracle .venv-genai .venv-llamacpp .tools .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-oracle .venv-genai .venv-llamacpp .tools .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis mutants build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -112,6 +116,13 @@ $(HAS_ORACLE) $(HAS_GENAI): .venv-%: | $(PY)
 	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install --require-hashes --no-deps \
 		-r requirements/$(firstword $(subst /, ,$*)).txt
 	@rm -f $(@D)/.has-* && touch $@
+
+# Laid beside the tests' own environment, of which it lacks only these.
+$(HAS_MUTMUT): $(HAS_DEV)
+	@echo "installing requirements/mutants.txt into $(@D)"
+	@rm -rf $(@D)
+	@$(PIP) install --require-hashes --no-deps --target $(@D) -r requirements/mutants.txt
+	@touch $@
 
 $(HAS_LLAMACPP): | $(PY)
 	@echo "installing requirements/llamacpp.txt into $(@D)"
