@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import msgspec
@@ -17,15 +18,29 @@ from openai import AsyncOpenAI
 
 from core.errors import EdgechatError, ResponseNotFound
 from core.stream import EndRecord
+from router.config import LinkSection, Listen, RouterSection
 from router.errors import RouterUnreachable
 from router.http.sse import COMMENT, named
 from router.journal import StoredResponse
 from router.peers import Peers, sse_data
 from router.registry import RouterAddress
 from tests.fake_store import FakeDatabase
-from tests.router.fakes import BODY, MODEL, FakeClock, FakeRouter, record, saying, with_key, words
+from tests.router.fakes import (
+    BODY,
+    CONFIG,
+    MODEL,
+    FakeClock,
+    FakeRouter,
+    record,
+    running_router,
+    saying,
+    with_key,
+    words,
+)
 from tests.router.reading import TEXTS, Spoken, Stream, after, asking, client, data, introduce, routers, until, whole
 
+TLS = Path(__file__).parent.parent / "edge_node/tls"
+CERTIFICATE, PRIVATE_KEY = TLS / "cert.pem", TLS / "key.pem"
 EVENTS = 8 + len(TEXTS)
 ID = "resp_b_0"
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -516,6 +531,20 @@ async def test_the_secret_goes_to_the_address_of_the_router_and_nowhere_else() -
             "M%C3%BCller%20%26%20S%C3%B6hne%0D%0Ax%3A%20y",
         )
     ]
+
+
+async def test_a_router_behind_tls_is_told_the_secret_only_if_its_certificate_is_believed(http: ClientSession) -> None:
+    behind_tls = msgspec.structs.replace(
+        CONFIG, router=RouterSection("a"), listen=Listen(port=0, tls_cert=str(CERTIFICATE), tls_key=str(PRIVATE_KEY))
+    )
+    trusting = msgspec.structs.replace(CONFIG, router=RouterSection("b"), link=LinkSection(tls_ca=str(CERTIFICATE)))
+    async with running_router(behind_tls) as a, running_router(trusting) as b, running_router() as suspicious:
+        url = f"https://127.0.0.1:{a.port}"
+        for other in (b, suspicious):
+            other.context.routers.set_addresses([RouterAddress("a", url)])
+            async with http.get(f"{other.url}/v1/responses/resp_a_0") as answer:
+                code = (await answer.json())["error"]["code"]
+            assert code == ("response_not_found" if other is b else "router_unreachable")
 
 
 async def test_routers_of_different_secrets_are_strangers(
