@@ -259,6 +259,8 @@ class Sessions:
 
     def _on_status(self, node: str, status: Status, now_s: float) -> None:
         self._fleet.on_status(node, status, now_s)
+        if not status.vouched:
+            self._move_if_possible(self._look_for_suspects(now_s))
         known = self._fleet.nodes.get(node)
         if known is None or status.state != "ready" or self._lives.get(node) == known.life:
             return

@@ -455,6 +455,19 @@ async def test_an_answer_leaves_a_suspect_node_when_another_becomes_able(
     assert f"stream {frame.stream} moves from node near to far after 1 ids (failover)" in caplog.messages
 
 
+async def test_an_answer_leaves_a_node_as_soon_as_that_does_not_vouch_for_its_engine(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    await router.links.generates.get()
+    router.links.node("us", saying("one", " two")).come_up()
+    node.status(vouched=False)
+    events = await until_end(socket)
+    assert [event["delta"] for event in events if "delta" in event] == ["one", " two"]
+
+
 async def test_an_answer_on_a_suspect_node_whose_link_breaks_waits_for_another(
     router: FakeRouter, socket: ClientWebSocketResponse
 ) -> None:
