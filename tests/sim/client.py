@@ -22,8 +22,6 @@ from tests.sim.world import Sleep, Task, World
 WAY_S = 0.01
 PATIENCE_S = 3.0
 MOST_TRIES = 4
-# Of the time that a frozen router costs its readers.
-WATCH_S = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,7 @@ class Manner:
 
     delay_s: from sending to reading. cancels_s, deletes_s, second_s: when it cancels or deletes, and when somebody else
     begins to read the same response; after its beginning, 0 = never. loyal: comes back to the same router.
+    watches_s: how often it looks whether its router still lives.
     """
 
     delay_s: float = 0.03
@@ -43,6 +42,7 @@ class Manner:
     cancels_s: float = 0.0
     deletes_s: float = 0.0
     second_s: float = 0.0
+    watches_s: float = 1.5
 
 
 class Connection:
@@ -136,7 +136,7 @@ class Reading:
         """A connection to this router, watched."""
         connection = self._connection = Connection(self, router)
         router.on_gone.append(lambda: self.world.after(0.05, self._lost, connection))
-        self.world.after(WATCH_S, self._watch, connection)
+        self.world.after(self.manner.watches_s, self._watch, connection)
         if self._vanishings:
             stays_s = self.manner.stays_s * self.world.between(0.2, 1.5)
             self.world.after(stays_s, self._vanish, connection)
@@ -174,7 +174,7 @@ class Reading:
         if connection is not self._connection or self.over:
             return
         if all(router.process.works for router in connection.routers):
-            self.world.after(WATCH_S, self._watch, connection)
+            self.world.after(self.manner.watches_s, self._watch, connection)
             return
         self._break(connection)
 

@@ -223,7 +223,8 @@ class Wire:
     def swallow(self, to_node: bool, to_router: bool) -> None:
         self.world.note("swallowing wires")
         self.world.trace(self.name, f"swallows what goes {'to the node ' * to_node}{'to the router' * to_router}")
-        self.swallows_to_node, self.swallows_to_router = to_node, to_router
+        self.swallows_to_node |= to_node
+        self.swallows_to_router |= to_router
 
     def heal(self) -> None:
         self.closed = self.swallows_to_node = self.swallows_to_router = False

@@ -8,6 +8,7 @@ given ids replayed silently (also when they end the answer already), Status four
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 from core.errors import DeadlineExceeded
 from core.frames import (
@@ -171,9 +172,6 @@ class Node:
             return
         self.world.note("engine deaths" if why == "engine_lost" else "hung engines killed")
         self.world.trace(self.build.name, f"loses its engine ({why}) with {len(self.engine.streams)} streams")
-        if why == "engine_lost":
-            for stream in self.engine.streams:
-                self.deaths[stream] = self.deaths.get(stream, 0) + 1
         self.engine = Engine()
         self._fail_all(why, "The engine stopped while it was answering; send the request again.")
         self._tell()
@@ -208,7 +206,12 @@ class Node:
             self._tell()
 
     def _fail_all(self, code: str, message: str) -> None:
-        self._send(self.switchboard.fail_all(code, message))
+        failed = self.switchboard.fail_all(code, message)
+        if code == "engine_lost":
+            for frame in chain.from_iterable(failed.values()):
+                assert isinstance(frame, Failed)
+                self.deaths[frame.stream] = self.deaths.get(frame.stream, 0) + 1
+        self._send(failed)
 
     # -- what routers ask ----------------------------------------------------------------------
 

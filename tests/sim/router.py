@@ -311,7 +311,7 @@ class SimRouter:
         if self.world.tracing:
             self._trace_frame(node, frame)
         if isinstance(frame, Generate):
-            self.oracle.dispatched(frame.stream)
+            self.oracle.dispatched(frame.stream, len(frame.output_ids))
         return self.wires[node].send(frame)
 
     def on_link_event(self, event: LinkEvent) -> None:

@@ -57,23 +57,43 @@ class Plan:
     heals_s: float = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """What a world is about. often: the faults that it has eight times as often as others."""
+
+    often: tuple[str, ...] = ()
+    routers: tuple[int, ...] = (1, 1, 2, 2, 3)
+    shared: float = 0.65
+    store_delays: tuple[float, ...] = (0.2, 1.0, 1.0, 5.0)
+
+
+THEMES = {
+    "anything": Theme(),
+    "nodes": Theme(("kill_node", "crash_engine", "cut_wire", "drain_node")),
+    "split brain": Theme(("freeze_router",), routers=(2, 3), shared=1.0, store_delays=(1.0, 5.0, 20.0)),
+    "store": Theme(("fill_store", "kill_router"), store_delays=(1.0, 5.0, 20.0)),
+    "network": Theme(("swallow", "stall_wire", "freeze_node")),
+}
+
+
 def planned(seed: int) -> Plan:
     """The plan of a seed."""
     chance = random.Random(f"plan {seed}")
-    routers = chance.choice([1, 1, 2, 2, 3])
-    nodes = [_build(chance, index) for index in range(chance.choice([1, 2, 2, 3, 3, 4]))]
+    theme = THEMES[chance.choice(list(THEMES))]
+    routers = chance.choice(theme.routers)
+    nodes = [_build(chance, index) for index in range(chance.choice([1, 2, 3, 3, 4, 4]))]
     plan = Plan(
         nodes=nodes,
         routers=routers,
-        shared=chance.random() < 0.65,
-        store_delay=chance.choice([0.2, 1.0, 1.0, 5.0]),
+        shared=chance.random() < theme.shared,
+        store_delay=chance.choice(theme.store_delays),
         delays_s=[[chance.choice([0.001, 0.005, 0.02, 0.08]) for _ in nodes] for _ in range(routers)],
         heals_s=chance.uniform(6.0, 14.0),
     )
-    for _ in range(chance.randint(3, 9)):
+    for _ in range(chance.randint(4, 11)):
         plan.asked.append(Asked(2.0 + chance.random() * (plan.heals_s - 3.0), _request(chance), _manner(chance)))
-    for _ in range(chance.randint(1, 9)):
-        plan.faults.append(_fault(chance, 2.0 + chance.random() * (plan.heals_s - 2.5)))
+    for _ in range(chance.randint(2, 12)):
+        plan.faults.append(_fault(chance, theme, 2.0 + chance.random() * (plan.heals_s - 2.5)))
     return plan
 
 
@@ -128,6 +148,7 @@ def _manner(chance: random.Random) -> Manner:
         cancels_s=sometimes(0.08, 2.0),
         deletes_s=sometimes(0.06, 4.0),
         second_s=sometimes(0.3, 6.0),
+        watches_s=chance.choice([1.5, 1.5, 15.0]),
     )
 
 
@@ -137,19 +158,19 @@ _FAULTS: list[tuple[int, str, tuple[tuple[float, float], ...]]] = [
     (5, "crash_engine", ()),
     (3, "hang_engine", ((0.3, 6.0),)),
     (3, "freeze_node", ((0.3, 9.0),)),
-    (4, "drain_node", ((0.5, 4.0),)),
+    (6, "drain_node", ((0.5, 4.0),)),
     (5, "cut_wire", ((0.0, 3.0),)),
     (4, "swallow", ((0.5, 12.0), (0.0, 3.0))),
     (3, "stall_wire", ((0.1, 4.0),)),
     (6, "kill_router", ((0.1, 5.0),)),
     (4, "freeze_router", ((0.5, 10.0),)),
     (3, "stop_router", ((0.2, 3.0),)),
-    (3, "fill_store", ((0.2, 4.0),)),
+    (5, "fill_store", ((0.2, 4.0),)),
     (3, "kill_all_nodes", ((1.0, 12.0),)),
 ]
 
 
-def _fault(chance: random.Random, at_s: float) -> Fault:
-    weights = [weight for weight, _, _ in _FAULTS]
+def _fault(chance: random.Random, theme: Theme, at_s: float) -> Fault:
+    weights = [weight * (8 if kind in theme.often else 1) for weight, kind, _ in _FAULTS]
     _, kind, ranges = chance.choices(_FAULTS, weights)[0]
     return Fault(at_s, kind, chance.randrange(12), tuple(chance.uniform(*one) for one in ranges))
