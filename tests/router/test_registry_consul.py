@@ -188,6 +188,9 @@ async def test_a_killed_consul_that_comes_back_empty_heals(agent: Agent, caplog:
     async def noticed() -> bool:
         return "does not answer" in caplog.text
 
+    async def recovered() -> bool:
+        return "answers again" in caplog.text
+
     async with running(agent) as lists:  # Consul is down at the start
         await until(noticed)
         await agent.start()
@@ -201,6 +204,7 @@ async def test_a_killed_consul_that_comes_back_empty_heals(agent: Agent, caplog:
 
         await until(found)
         await until(registered)
+        await until(recovered)
 
         agent.kill()
         handed_out = len(lists)
