@@ -381,7 +381,8 @@ class SqliteStore:
             if row is not None and row.tenant == tenant:
                 self._forget_running(response_id)
                 found = True
-        if found:
+        # One that was running has been dropped before: it is not found, and yet it is to be gone.
+        if found or self._scraps:
             self._scrub()
         return found
 

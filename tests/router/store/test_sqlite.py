@@ -360,6 +360,16 @@ async def test_what_was_dropped_or_has_had_its_time_is_in_no_file_after_the_next
         assert b"plain" in on_disk(path)
 
 
+async def test_a_deletion_does_not_wait_for_the_beat_for_what_was_dropped_before(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        await store.write([began(), said(0, 1, text="whispered")])
+        # What ran until its client asked for its deletion.
+        await store.write([Dropped("resp_r_1")])
+        assert not await store.delete("acme", "resp_r_1")
+        assert b"whispered" not in on_disk(path)
+
+
 async def test_while_somebody_reads_in_the_file_a_deletion_is_finished_by_a_later_beat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
