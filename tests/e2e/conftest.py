@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
+from export.recipes import Recipe
 from tests.e2e.disasters import NEVER_S, WiredFleet, wired_fleet
 from tests.e2e.processes import READY_S, Fleet, Process, Router, build_fleet, free_port
+from tests.e2e.scripted import write_release
 from tests.e2e.waiting import eventually
+from tests.tools.gpt_oss_checkpoint import FULL, TINY
 
 LINES_SHOWN = 80
 TEST_LIMIT_S = 300
@@ -67,9 +71,15 @@ def make_fleet(smollm2_release: Path, consul_binary: Path, tmp_path: Path) -> It
 
 
 @pytest.fixture(scope="session")
+def tiny_gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The release of a gpt-oss with four small layers under the genuine vocabulary."""
+    return write_release(tmp_path_factory.mktemp("tiny"), replace(TINY, vocab=FULL.vocab), Recipe.CPU_INT8)
+
+
+@pytest.fixture(scope="session")
 def _three_nodes(smollm2_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WiredFleet]:
     edge = {"EDGE__NODE__DRAIN_S": NEVER_S}
-    shared = wired_fleet(smollm2_release, tmp_path_factory.mktemp("three"), ("eu", "us", "asia"), edge)
+    shared = wired_fleet(smollm2_release, tmp_path_factory.mktemp("three"), ("eu", "us", "asia"), edge=edge)
     try:
         shared.start()
         yield shared
@@ -93,13 +103,13 @@ class MakeRouter(Protocol):
         *,
         nodes: Sequence[str] = ...,
         settings: Mapping[str, str] | None = None,
-        start: bool = True,
+        port: int = 0,
     ) -> Fleet: ...
 
 
 @pytest.fixture
 def make_router(three_nodes: WiredFleet, tmp_path: Path) -> Iterator[MakeRouter]:
-    """A factory of routers for this test alone; their ports are known before they start."""
+    """A factory of routers for this test alone, on a port that was chosen before or any."""
     made: list[Router] = []
 
     def make(
@@ -107,17 +117,16 @@ def make_router(three_nodes: WiredFleet, tmp_path: Path) -> Iterator[MakeRouter]
         *,
         nodes: Sequence[str] = ("eu", "us", "asia"),
         settings: Mapping[str, str] | None = None,
-        start: bool = True,
+        port: int = 0,
     ) -> Fleet:
         chosen = {node: three_nodes.node(node) for node in nodes}
         own = {"ROUTER__STORE__PATH": str(tmp_path / f"{name}.sqlite"), **(settings or {})}
         router = Router(three_nodes.folder, name=name, nodes=list(chosen.values()), settings=own)
-        router.ports = (free_port(),)
+        router.ports = (port or free_port(),)
         made.append(router)
+        router.start().wait_ready()
         fleet = Fleet(None, dict(chosen), router)
-        if start:
-            router.start().wait_ready()
-            eventually(fleet.all_ready, READY_S, f"the router {name} sees its nodes")
+        eventually(fleet.all_ready, READY_S, f"the router {name} sees its nodes")
         return fleet
 
     yield make

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +68,19 @@ class WiredFleet(Fleet):
         return self.all_ready() and not any(node["running"] for node in self.router.fleet())
 
 
-def wired_fleet(release: Path, folder: Path, names: tuple[str, ...], edge: Mapping[str, str]) -> WiredFleet:
-    """Put it together without starting it."""
+def wired_fleet(
+    release: Path,
+    folder: Path,
+    names: Sequence[str],
+    *,
+    edge: Mapping[str, str] | None = None,
+    router: Mapping[str, str] | None = None,
+    kind: type[WiredNode] = WiredNode,
+) -> WiredFleet:
+    """Put it together without starting it; `edge` and `router` are further keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    nodes: dict[str, Node] = {name: WiredNode(name, release, folder, settings=edge) for name in names}
-    return WiredFleet(None, nodes, Router(folder, nodes=list(nodes.values())), folder)
+    nodes: dict[str, Node] = {name: kind(name, release, folder, settings=edge) for name in names}
+    return WiredFleet(None, nodes, Router(folder, nodes=list(nodes.values()), settings=router), folder)
 
 
 def go_on(node: Node) -> None:

@@ -62,6 +62,12 @@ def _asked(router: Router, question: str, response_id: str) -> Any:
     return answer
 
 
+def ids_at_the_move(fleet: Fleet, response_id: str) -> int:
+    """How many ids were known of a response when it moved, as the router's log has it."""
+    [line] = [line for line in fleet.router.log().splitlines() if f"stream {response_id} moves" in line]
+    return int(line.partition(" after ")[2].split()[0])
+
+
 def store_path(router: Router) -> Path:
     """Where the router's SQLite file is."""
     return Path(router.env()["ROUTER__STORE__PATH"])

@@ -1,4 +1,7 @@
-"""Things that die while people chat. Each test has a fleet of its own."""
+"""Things that die between answers, and what is found through Consul. Each test has a fleet of its own.
+
+What dies under an answer is in test_survival.py and test_router_loss.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.clients import MODEL, answer, check_log, raw_socket, receive, say, sdk, text_of, until_terminal
+from tests.e2e.clients import MODEL, answer, check_log, raw_socket, receive, say, sdk, text_of
 from tests.e2e.conftest import MakeFleet
 from tests.e2e.processes import ROOT, Fleet
 from tests.e2e.waiting import eventually, http
@@ -63,48 +66,6 @@ def test_an_engine_killed_between_turns_is_restarted_and_costs_nothing(make_flee
     eventually(lambda: fleet.router.fleet()[0]["engine_pid"] not in (0, before), 60, "a new engine child")
     eventually(fleet.all_ready, 60)
     assert second_turn(fleet, response_id) == expected
-
-
-@pytest.mark.parametrize("victim", ["parent", "engine"])
-def test_a_node_killed_mid_answer_does_not_change_the_answer(make_fleet: MakeFleet, victim: str) -> None:
-    fleet = make_fleet()
-    fields = {"input": "Tell me a story about a river.", "temperature": 0.8, "seed": 3, "max_output_tokens": 96}
-    with raw_socket(fleet) as socket:
-        undisturbed = text_of(answer(socket, **fields))
-    with raw_socket(fleet, extensions=True) as socket:
-        say(socket, **fields)
-        events: list[dict[str, Any]] = []
-        nodes: list[str] = []
-        killed = False
-        while not events or not events[-1]["type"].endswith((".completed", ".incomplete", ".failed")):
-            event = receive(socket)
-            if event["type"] == "edgechat:node":
-                nodes.append(event["node"])
-            elif not event["type"].startswith("edgechat:"):
-                events.append(event)
-            if not killed and len(events) > 12:
-                killed = True
-                if victim == "parent":
-                    fleet.node(nodes[0]).kill()
-                else:
-                    fleet.node(nodes[0]).kill_engine()
-    check_log(events)
-    assert text_of(events) == undisturbed
-    assert len(nodes) == 2 and nodes[0] != nodes[1]
-
-
-def test_the_last_node_lost_mid_answer_fails_it_retryably_with_what_was_said(make_fleet: MakeFleet) -> None:
-    fleet = make_fleet(nodes=["eu"])
-    with raw_socket(fleet) as socket:
-        say(socket, input="Tell me a long story.", max_output_tokens=256)
-        while receive(socket)["type"] != "response.output_text.delta":
-            pass
-        fleet.node("eu").kill()
-        last = until_terminal(socket)[-1]
-    assert last["type"] == "response.failed"
-    assert last["response"]["error"]["edgechat_code"] == "node_lost"
-    assert last["response"]["error"]["retryable"] is True
-    assert last["response"]["output"][0]["content"][0]["text"]
 
 
 def test_without_any_node_a_request_is_told_to_come_back(make_fleet: MakeFleet) -> None:

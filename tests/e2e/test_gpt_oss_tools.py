@@ -10,9 +10,7 @@ import hashlib
 import hmac
 import json
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -27,17 +25,16 @@ from core.stream import output_items
 from edge_node.engine.speech import HarmonySpeech, Rendered, Setting, open_speech
 from edge_node.engine.step import BLOCK_TOKENS
 from edge_node.release.model_store import open_release
-from export.build import Order, export
 from export.recipes import Recipe
 from router.api.call import rendered
 from router.journal import StoredResponse
 from tests.e2e.clients import answer, check_log, raw_socket, sdk
-from tests.e2e.processes import ROOT, Fleet, Node, Router, link_secret
+from tests.e2e.processes import Fleet, Router, link_secret
+from tests.e2e.scripted import MODEL, ScriptedNode, write_release
 from tests.e2e.waiting import eventually
-from tests.tools.gpt_oss_checkpoint import FULL, TINY, GptOssShape, write_checkpoint
+from tests.tools.gpt_oss_checkpoint import FULL
 from tests.tools.harmony_script import Noise, Script, seed_of
 
-MODEL = "gpt-oss"
 PREFIX_S = 120.0
 INSTRUCTIONS = "You are a harbour master who looks things up before he speaks."
 TOOLS = [
@@ -75,32 +72,6 @@ ROUNDS = [
     ["bare answer"],
     ["call", "answer"],
 ]
-
-
-class ScriptedNode(Node):
-    """A node whose sampler follows the script."""
-
-    def argv(self) -> Sequence[str]:
-        return [sys.executable, "-m", "tests.tools.scripted_node", "--config", "configs/edge.toml"]
-
-    def resident_tokens(self, key: str) -> int:
-        """How much of the prefix with this key its engine has, as it told the node last."""
-        told = [line.split() for line in self.log().splitlines() if line.startswith(f"resident {key} ")]
-        return int(told[-1][2]) if told else 0
-
-
-def tokenizer_json() -> Path:
-    script = [sys.executable, "scripts/get-tokenizer"]
-    return ROOT / subprocess.run(script, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-
-
-def write_release(folder: Path, shape: GptOssShape, recipe: Recipe) -> Path:
-    checkpoint = folder / "checkpoint"
-    write_checkpoint(checkpoint, shape, tokenizer="gpt-oss", genuine_tokenizer=tokenizer_json())
-    export(Order(str(checkpoint), folder / MODEL, MODEL, recipe, run=False))
-    for path in checkpoint.iterdir():
-        path.unlink()  # gigabytes of it
-    return folder / MODEL
 
 
 def scripted_fleet(release: Path, folder: Path) -> Fleet:
@@ -302,19 +273,19 @@ def hold(talk: Talk, turns: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny_talk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talk]:
+def tiny_talk(tiny_gpt_oss: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talk]:
     """Four small layers under the genuine vocabulary."""
-    yield from start(tmp_path_factory.mktemp("tiny"), replace(TINY, vocab=FULL.vocab), Recipe.CPU_INT8)
+    yield from start(tiny_gpt_oss, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def full_talk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Talk]:
     """Two layers of gpt-oss-20b's own widths."""
-    yield from start(tmp_path_factory.mktemp("full"), replace(FULL, layers=2), Recipe.CPU_INT4)
+    folder = tmp_path_factory.mktemp("full")
+    yield from start(write_release(folder, replace(FULL, layers=2), Recipe.CPU_INT4), folder)
 
 
-def start(folder: Path, shape: GptOssShape, recipe: Recipe) -> Iterator[Talk]:
-    release = write_release(folder, shape, recipe)
+def start(release: Path, folder: Path) -> Iterator[Talk]:
     fleet = scripted_fleet(release, folder / "fleet")
     try:
         fleet.start()

@@ -6,15 +6,18 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.e2e.conftest import MakeFleet
-from tests.e2e.processes import Fleet
+from tests.e2e.clients import sdk
+from tests.e2e.conftest import MakeFleet, MakeRouter
+from tests.e2e.disasters import WiredFleet
+from tests.e2e.processes import HOST, Fleet
+from tests.e2e.wire import Wire
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -132,3 +135,72 @@ def test_a_node_killed_mid_answer_hands_over_under_the_readers_eyes(make_fleet: 
     expect(page.locator(".exchange")).to_have_attribute("data-status", "stopped", timeout=ANSWER_MS)
     assert (answer.text_content() or "").startswith(before.rstrip())
     assert page.locator(".exchange").count() == 1
+
+
+@pytest.fixture
+def story_teller(three_nodes: WiredFleet, make_router: MakeRouter) -> Fleet:
+    """A router for the page that lets an answer be long enough to be disturbed."""
+    settings = {"ROUTER__DEFAULTS__MAX_OUTPUT_TOKENS": "200", "ROUTER__DEFAULTS__TEMPERATURE": "0.8"}
+    return make_router("page", settings=settings)
+
+
+def expect_the_whole_answer(page: Page, fleet: Fleet) -> None:
+    """The page ends with all that the router keeps, and went on with the answer that it had begun."""
+    expect_end(page)
+    assert page.locator(".exchange").count() == 1
+    [response_id] = asked_for(page)
+    kept = sdk(fleet).responses.retrieve(response_id).output_text
+    shown = page.evaluate("() => [...document.querySelectorAll('.answer')].at(-1).textContent")
+    # Markdown takes marks away and space; what is left are the words.
+    assert re.findall(r"\w+", shown) == re.findall(r"\w+", kept)
+
+
+def asked_for(page: Page) -> list[str]:
+    """The ids of the answers that were begun, from what the page was sent."""
+    return list(dict.fromkeys(page.evaluate("() => window.begun")))
+
+
+RECORD_IDS = """() => {
+  window.begun = [];
+  const Original = window.WebSocket;
+  window.WebSocket = class extends Original {
+    constructor(...given) {
+      super(...given);
+      this.addEventListener("message", ({ data }) => {
+        const event = JSON.parse(data);
+        if (event.type === "response.created") window.begun.push(event.response.id);
+      });
+    }
+  };
+}"""
+
+
+def begin_a_story(page: Page, url: str) -> None:
+    """Ask, and see the first words."""
+    page.add_init_script(f"({RECORD_IDS})()")
+    page.goto(url)
+    ask(page, "Tell me a long story about a river.")
+    page.wait_for_function("() => document.querySelector('.answer')?.textContent.length > 40")
+
+
+def test_the_router_dies_and_comes_back_and_the_answer_is_whole(story_teller: Fleet, page: Page) -> None:
+    begin_a_story(page, story_teller.url)
+    story_teller.router.kill()
+    story_teller.router.restart()
+    expect_the_whole_answer(page, story_teller)
+
+
+@pytest.mark.parametrize("how", [Wire.cut, Wire.silence])
+def test_the_network_is_gone_for_a_while_and_the_answer_is_whole(
+    story_teller: Fleet, page: Page, how: Callable[[Wire], None]
+) -> None:
+    wire = Wire(lambda: story_teller.router.port)
+    begin_a_story(page, f"http://{HOST}:{wire.port}")
+    how(wire)
+    # A silent network is noticed when the page asks whether anybody is there, as it does when the system says
+    # that there is a network again.
+    page.evaluate("() => dispatchEvent(new Event('online'))")
+    expect(page.locator("#status")).not_to_have_attribute("data-phase", "open", timeout=ANSWER_MS)
+    wire.heal()
+    expect_the_whole_answer(page, story_teller)
+    wire.close()

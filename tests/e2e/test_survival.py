@@ -16,6 +16,7 @@ from tests.e2e.disasters import DISASTERS, NEVER_S, WiredFleet, WiredNode, kill_
 from tests.e2e.hearing import (
     Event,
     Heard,
+    ids_at_the_move,
     kept,
     listening,
     over_chat,
@@ -154,12 +155,6 @@ def test_a_node_lost_inside_a_character_is_replaced(three_nodes: WiredFleet, und
     assert len(heard.nodes) == 2
     assert not said[ids_at_the_move(three_nodes, response_id) - 1]
     check(three_nodes, heard, expected)
-
-
-def ids_at_the_move(fleet: Fleet, response_id: str) -> int:
-    """How many ids were known of a response when it moved, as the router's log has it."""
-    [line] = [line for line in fleet.router.log().splitlines() if f"stream {response_id} moves" in line]
-    return int(line.partition(" after ")[2].split()[0])
 
 
 def test_a_node_lost_inside_an_answer_in_a_form_leaves_it_in_that_form(

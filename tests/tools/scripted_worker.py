@@ -1,12 +1,15 @@
 """The engine process of tests/tools/scripted_node: the real one, but for its sampler, which follows a script.
 
+SCRIPT_PACE_S in the environment is how long it takes over every id, so that a test can be in time for a part of it.
 Beside that it prints `resident KEY N` for what it tells its node of prefixes, N in tokens, so that a test can wait
 until an idle node has re-read a conversation.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +40,10 @@ def _open_speech(manifest: Manifest, read_text: Callable[[str], str]) -> speech.
     opened = _own_open_speech(manifest, read_text)
     assert isinstance(opened, speech.HarmonySpeech)
     script, size = Script(opened), manifest.tokenizer_size
-    choices = script.choices(size)
+    choices, pace_s = script.choices(size), float(os.environ.get("SCRIPT_PACE_S", "0"))
 
     def sample(logits: Logits, asked: Sampling, known: int, seed: int, position: int, *more: Any) -> int:
+        time.sleep(pace_s)
         wanted = line_of(script, seed)[position]
         if not isinstance(wanted, Noise):
             return wanted
