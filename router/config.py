@@ -110,10 +110,12 @@ class Limits(_Section, frozen=True):
 
 class SessionSection(_Section, frozen=True):
     """orphan_grace_s: how long a stored response goes on after its last reader left. failover_wait_s: how long an
-    answer that has lost its node waits for another."""
+    answer that has lost its node waits for another. resume_wait_s: how long a client that comes back for a response
+    waits while the router that has it cannot be reached; one that died has lost it after six seconds (its lease)."""
 
     orphan_grace_s: Annotated[float, Meta(ge=0)] = 30.0
     failover_wait_s: Annotated[float, Meta(ge=0, le=3600)] = 15.0
+    resume_wait_s: Annotated[float, Meta(ge=0, le=60)] = 8.0
 
 
 class Key(_Section, frozen=True):

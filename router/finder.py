@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import NamedTuple, TypeAlias
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from core.errors import ResponseNotFound
 from router.errors import ResponseMoved, RouterUnreachable
@@ -21,6 +22,8 @@ from router.shelf import Shelf
 
 _ID = re.compile(r"resp_([a-z0-9-]+)_[0-9a-z]+")
 _TRIES = 3
+ASK_AGAIN_S = 0.25
+T = TypeVar("T")
 
 
 class Elsewhere(NamedTuple):
@@ -39,8 +42,9 @@ class Finder:
     What runs unstored is never found: it belongs to the connection that asked for it.
     """
 
-    def __init__(self, name: str, sessions: Sessions, shelf: Shelf, peers: Peers) -> None:
-        """name: of this router."""
+    def __init__(self, name: str, sessions: Sessions, shelf: Shelf, peers: Peers, *, patience_s: float = 0.0) -> None:
+        """name: of this router. patience_s: for one that cannot be reached."""
+        self._patience_s = patience_s
         self._name = name
         self._sessions = sessions
         self._shelf = shelf
@@ -73,6 +77,21 @@ class Finder:
         if isinstance(here, Owned):
             raise RouterUnreachable(here.router)
         return here
+
+    async def patiently(self, read: Callable[[], Awaitable[T]]) -> T:
+        """`read`, again and again while the router that has the response cannot be reached, as long as patience lasts.
+
+        Whoever comes back after a router's death would be told to come back again otherwise. Raises what `read` does.
+        """
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + self._patience_s
+        while True:
+            try:
+                return await read()
+            except RouterUnreachable:
+                if loop.time() >= until_s:
+                    raise
+            await asyncio.sleep(ASK_AGAIN_S)
 
     async def record(self, tenant: str, response_id: str) -> StoredResponse | None:
         """A finished response, for `previous_response_id`; one that still runs is none, and is left alone.

@@ -64,7 +64,7 @@ def make_context(
         salt_of=salt_of,
     )
     routers = Peers(secret, link_tls(config.link))
-    finder = Finder(config.router.name, sessions, shelf, routers)
+    finder = Finder(config.router.name, sessions, shelf, routers, patience_s=config.session.resume_wait_s)
     dispatcher = Dispatcher(config.router.name, fleet, sessions, finder.record, clock, salt_of)
     return Context(
         config=config,

@@ -50,6 +50,11 @@ class Outbox:
         """What was said and is not known to be read."""
         return self._pace.said_bytes - self._pace.read_bytes
 
+    @property
+    def open(self) -> bool:
+        """Whether what is put comes out."""
+        return not self._closed
+
     def put(self, *pieces: bytes) -> None:
         """Queue what is said in one go; after `finish` or a cut it is dropped, for nobody reads any more.
 

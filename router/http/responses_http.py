@@ -54,11 +54,15 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
     """The response as it is, or (`stream=true`) its events after `starting_after` and then as they come."""
     context, who, response_id = context_of(request), principal(request, "chat"), request.match_info["id"]
     asked = parse_retrieve(request.query)
-    found = await context.finder.find(who.tenant, response_id)
-    if isinstance(found, Elsewhere):
-        query = stream_query(asked.starting_after) if asked.stream else ""
-        return await _pass_on(request, found, who.tenant, query=query)
-    return await retrieved(request, found, asked)
+
+    async def read() -> web.StreamResponse:
+        found = await context.finder.find(who.tenant, response_id)
+        if isinstance(found, Elsewhere):
+            query = stream_query(asked.starting_after) if asked.stream else ""
+            return await _pass_on(request, found, who.tenant, query=query)
+        return await retrieved(request, found, asked)
+
+    return await context.finder.patiently(read)
 
 
 async def delete(request: web.Request) -> web.StreamResponse:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
 
 import msgspec
 from aiohttp import web
@@ -154,27 +154,36 @@ class ResponsesConnection:
     # -- responses that were begun on another connection ---------------------------------------
 
     async def _resume(self, resume: Resume) -> None:
-        found = await self._find(resume.response_id)
-        match found:
-            case Running():
-                reader = _LaneReader(self, resume.stream_id, resume.response_id)
-                self._context.sessions.join(found, reader, resume.starting_after)
-                self._context.metrics.resumed.inc()
-                await self._read(found, reader)
-            case StoredResponse():
-                self.say(replay_after(found, resume.starting_after), resume.stream_id)
-                self._context.metrics.resumed.inc()
-            case Elsewhere(router):
-                await self._pass_on(router, resume)
+        after = resume.starting_after
 
-    async def _pass_on(self, router: str, resume: Resume) -> None:
-        """Say here what another router says."""
-        response_id, starting_after, lane = resume.response_id, resume.starting_after, resume.stream_id
-        async with self._context.routers.events(router, self._tenant, response_id, starting_after) as following:
+        async def read() -> None:
+            nonlocal after
+            found = await self._find(resume.response_id)
+            match found:
+                case Running():
+                    reader = _LaneReader(self, resume.stream_id, resume.response_id)
+                    self._context.sessions.join(found, reader, after)
+                    self._context.metrics.resumed.inc()
+                    await self._read(found, reader)
+                case StoredResponse():
+                    self.say(replay_after(found, after), resume.stream_id)
+                    self._context.metrics.resumed.inc()
+                case Elsewhere(router):
+                    async for event in self._passed_on(router, resume, after):
+                        self.say([event], resume.stream_id)
+                        after = event["sequence_number"]
+
+        await self._context.finder.patiently(read)
+
+    async def _passed_on(self, router: str, resume: Resume, after: int) -> AsyncIterator[Event]:
+        """What another router says, no faster than it is read here."""
+        async with self._context.routers.events(router, self._tenant, resume.response_id, after) as following:
             if following.node and self.extensions:
-                self.peer.send(node_event(response_id, following.node, self._region_of(following.node), lane))
+                region = self._region_of(following.node)
+                self.peer.send(node_event(resume.response_id, following.node, region, resume.stream_id))
             async for event in following.events:
-                self.say([event], lane)
+                yield event
+                await self.peer.caught_up()
 
     def _region_of(self, node: str) -> str:
         """Another router names a node only; where it is we know if it is linked to us as well."""
@@ -197,13 +206,18 @@ class ResponsesConnection:
 
     async def _cancel_found(self, response_id: str) -> None:
         """One that runs elsewhere, or that nobody held; what has ended cannot be cancelled."""
-        match await self._find(response_id):
-            case Running() as running:
-                self._context.sessions.cancel(running)
-            case StoredResponse():
-                raise ResponseNotFound(response_id)
-            case Elsewhere(router):
-                await self._context.routers.cancel(router, self._tenant, response_id)
+        try:
+            match await self._find(response_id):
+                case Running() as running:
+                    self._context.sessions.cancel(running)
+                case StoredResponse():
+                    raise ResponseNotFound(response_id)
+                case Elsewhere(router):
+                    await self._context.routers.cancel(router, self._tenant, response_id)
+        except EdgechatError as error:
+            # Whatever it is, it is no answer to what the client has asked since.
+            error.param = "response_id"
+            raise
 
     # -- what the client is told ---------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from router.http.outbox import PingedOutbox
 HEARTBEAT_S = 30.0
 CLOSE_TIMEOUT_S = 2.0
 HEAR_OUT_S = 5.0
+LOOK_AGAIN_S = 0.02
 DRAIN_CODE = 1012
 FAILED_CODE = 1011
 LIFE_CODE = 1001
@@ -105,6 +106,12 @@ class Peer:
         """Queue JSON text frames that are said in one go; never waits."""
         if self._outbox is not None:
             self._outbox.put(*map(msgspec.json.encode, messages))
+
+    async def caught_up(self) -> None:
+        """Wait while the client is far behind; for what can wait, such as what another router has."""
+        most_bytes = self._context.config.limits.slow_reader_bytes // 2
+        while self._outbox is not None and self._outbox.open and self._outbox.unread_bytes > most_bytes:
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     async def close(self, code: int) -> None:
         """Write what is queued, then close."""

@@ -34,7 +34,7 @@ from core.frames import (
 )
 from core.stream import Request, RequestRecord
 from router.auth import digest
-from router.config import Auth, Config, Key, Listen, RouterSection
+from router.config import Auth, Config, Key, Listen, RouterSection, SessionSection
 from router.http.context import Context
 from router.journal import Entry, Outcome, StoredResponse
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
@@ -236,6 +236,7 @@ def key(name: str, tenant: str, *roles: str) -> Key:
 CONFIG = Config(
     router=RouterSection(name="t"),
     listen=Listen(port=0),
+    session=SessionSection(resume_wait_s=0.0),
     auth=Auth(
         dev_key=True, keys=[key("alice", "acme", "chat"), key("bob", "other", "chat"), key("ops", "ops", "admin")]
     ),

@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import ClientResponse, ClientSession
 
 from core.frames import Generate, Started
-from router.config import RouterSection
+from router.config import Config, RouterSection
 from router.registry import RouterAddress
 from tests.fake_store import FakeDatabase
 from tests.router.fakes import BODY, CONFIG, FakeNode, FakeRouter, done, running_router, tokens, with_key, words
@@ -123,13 +123,15 @@ def after(router: FakeRouter, response_id: str, starting_after: int | None = Non
 
 
 @asynccontextmanager
-async def routers(*names: str, database: FakeDatabase | None = None) -> AsyncIterator[list[FakeRouter]]:
+async def routers(
+    *names: str, database: FakeDatabase | None = None, config: Config = CONFIG
+) -> AsyncIterator[list[FakeRouter]]:
     """Routers that know each other; each with a store of its own, unless they share a database."""
     opened: list[FakeRouter] = []
     managers = []
     try:
         for name in names:
-            manager = running_router(msgspec.structs.replace(CONFIG, router=RouterSection(name=name)), database)
+            manager = running_router(msgspec.structs.replace(config, router=RouterSection(name=name)), database)
             opened.append(await manager.__aenter__())
             managers.append(manager)
         introduce(dict(zip(names, opened, strict=True)))

@@ -18,10 +18,10 @@ from openai import AsyncOpenAI
 
 from core.errors import EdgechatError, ResponseNotFound
 from core.stream import EndRecord
-from router.config import LinkSection, Listen, RouterSection
+from router.config import LinkSection, Listen, RouterSection, SessionSection
 from router.errors import RouterUnreachable
 from router.http.sse import COMMENT, named
-from router.journal import StoredResponse
+from router.journal import Owned, StoredResponse, Unfinished
 from router.peers import Peers, sse_data
 from router.registry import RouterAddress
 from tests.fake_store import FakeDatabase
@@ -602,3 +602,64 @@ def test_events_come_out_whole_wherever_the_stream_is_cut(said: list[bytes], cha
         return [one async for one in sse_data(arriving())]
 
     assert asyncio.run(read()) == said
+
+
+# -- with patience -----------------------------------------------------------------------------
+
+PATIENT = msgspec.structs.replace(CONFIG, session=SessionSection(resume_wait_s=60.0))
+
+
+async def test_who_comes_back_after_a_routers_death_waits_until_another_may_go_on(http: ClientSession) -> None:
+    clock = FakeClock()
+    database = FakeDatabase(clock=lambda: clock.mono_s)
+    async with routers("a", database=database) as (a,), routers("b", database=database, config=PATIENT) as (b,):
+        for router in (a, b):
+            router.store.beat_now(clock.mono_s)
+        b.context.routers.set_addresses([RouterAddress("a", "http://127.0.0.1:1")])
+        a.links.node("eu").come_up()
+        async with asking(a, http) as (spoken, stream):
+            spoken.say(2)
+            first = await stream.take(6)
+            # From here on `a` is as good as dead: it cannot be reached, and does not beat any more.
+            b.links.node("us").come_up()
+            claim, asked = b.store.claim, list[str]()
+
+            async def counted(tenant: str, response_id: str) -> Unfinished | Owned | None:
+                asked.append(response_id)
+                return await claim(tenant, response_id)
+
+            b.store.claim = counted  # type: ignore[method-assign]
+            coming = asyncio.ensure_future(http.get(after(b, spoken.id, 5)))
+            await until(lambda: len(asked) == 2)
+            clock.mono_s += 60
+            b.store.beat_now(clock.mono_s)
+            node, frame = await b.links.generates.get()
+            assert frame.output_ids == [100, 101]
+            Spoken(node, frame, *TEXTS).finish()
+            async with await coming as answer:
+                assert answer.status == 200
+                rest = await Stream(answer).rest()
+            assert first + rest == await read_all(http, after(b, spoken.id))
+
+
+async def test_a_resumed_stream_whose_way_breaks_goes_on_over_another_with_no_event_twice(
+    http: ClientSession, anyone: ClientSession
+) -> None:
+    async with routers("a") as (a,), routers("b", config=PATIENT) as (b,):
+        introduce({"a": a, "b": b})
+        a.links.node("eu").come_up()
+        async with (
+            asking(a, http) as (spoken, _),
+            anyone.ws_connect(f"{b.ws_url}/v1/responses", headers=with_key("alice")) as socket,
+        ):
+            clients = set(a.context.clients())
+            await socket.send_json({"type": "edgechat:resume", "response_id": spoken.id})
+            spoken.say(2)
+            heard = [await socket.receive_json(timeout=10) for _ in range(6)]
+            (way,) = set(a.context.clients()) - clients
+            assert way.transport is not None
+            way.transport.abort()
+            spoken.finish()
+            while not heard[-1]["type"].startswith("response.completed"):
+                heard.append(await socket.receive_json(timeout=10))
+            assert [event["sequence_number"] for event in heard] == list(range(EVENTS))
