@@ -61,7 +61,7 @@ class Connection:
         if self.wire.swallows_to_node:
             self.lossy = True
             return True
-        self._next_to_node_s = self.wire.arrival_s(self._next_to_node_s)
+        self._next_to_node_s = self.wire.arrival_s(self._next_to_node_s, self.wire.stalled_to_node_s)
         self._world.at(self._next_to_node_s, self._at_node, frame)
         return True
 
@@ -74,7 +74,7 @@ class Connection:
         if self.wire.swallows_to_router:
             self.lossy = True
             return
-        self._next_to_router_s = self.wire.arrival_s(self._next_to_router_s)
+        self._next_to_router_s = self.wire.arrival_s(self._next_to_router_s, self.wire.stalled_to_router_s)
         self._world.at(self._next_to_router_s, self._at_router, event)
 
     def _at_node(self, frame: Generate | Cancel) -> None:
@@ -167,22 +167,22 @@ class Wire:
         self.current: Connection | None = None
         self.closed = False
         self.swallows_to_node = self.swallows_to_router = False
-        self.stalled_until_s = 0.0
+        self.stalled_to_node_s = self.stalled_to_router_s = 0.0
         self.connections: list[Connection] = []
         self._count = 0
         self._trying = False
 
-    def arrival_s(self, after_s: float) -> float:
+    def arrival_s(self, after_s: float, stalled_until_s: float) -> float:
         """When something that is sent now arrives, which is not before what was sent earlier."""
         jitter = self.world.chance.random()
-        sent_s = max(self.world.now, self.stalled_until_s) + self.delay_s * (0.7 + 0.6 * jitter * jitter * jitter)
+        sent_s = max(self.world.now, stalled_until_s) + self.delay_s * (0.7 + 0.6 * jitter * jitter * jitter)
         return max(sent_s, after_s)
 
     def try_soon(self) -> None:
         """Open a link as soon as both are there; the router calls this at the beginning of its life."""
         if not self._trying and self.current is None:
             self._trying = True
-            self.world.after(self.world.between(0.1, 0.6), self._try)
+            self.world.after(self.world.between(0.02, 0.4), self._try)
 
     def _try(self) -> None:
         self._trying = False
@@ -214,11 +214,16 @@ class Wire:
         if self.current is not None:
             self.current.cut("cut")
 
-    def stall(self, seconds: float) -> None:
+    def stall(self, seconds: float, *, to_node: bool, to_router: bool) -> None:
         """Nothing arrives for a while, then everything at once."""
         self.world.note("stalls")
-        self.world.trace(self.name, f"stalls for {seconds:.1f} s")
-        self.stalled_until_s = self.world.now + seconds
+        self.world.trace(
+            self.name, f"stalls for {seconds:.1f} s{' to the node' * to_node}{' to the router' * to_router}"
+        )
+        if to_node:
+            self.stalled_to_node_s = self.world.now + seconds
+        if to_router:
+            self.stalled_to_router_s = self.world.now + seconds
 
     def swallow(self, to_node: bool, to_router: bool) -> None:
         self.world.note("swallowing wires")
@@ -228,7 +233,7 @@ class Wire:
 
     def heal(self) -> None:
         self.closed = self.swallows_to_node = self.swallows_to_router = False
-        self.stalled_until_s = 0.0
+        self.stalled_to_node_s = self.stalled_to_router_s = 0.0
         for connection in self.connections:
             if connection.lossy:
                 connection.cut("what was swallowed cannot be mended")

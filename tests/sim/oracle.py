@@ -40,10 +40,13 @@ if TYPE_CHECKING:
 
 LAST = {"response.completed", "response.incomplete", "response.failed"}
 MAX_FRUITLESS_LOSSES = 5
-# An end is written a little after it was decided: two batches' time.
-WRITING_S = 0.2
 # A node that came back is found by the next tick; one that left may be asked until its last word is here.
 SLACK_S = 2.0
+
+
+def writing_s(router: SimRouter) -> float:
+    """An end is written a little after it was decided: two batches' time, to be sure."""
+    return 0.1 + 0.1 * router.store_delay
 
 
 class Violation(AssertionError):
@@ -75,6 +78,7 @@ class Facts:
     last_word_s: float = 0.0
     dispatches: int = 0
     dispatched_after: int = 0
+    dispatched_s: float = 0.0
     cancel_asked: bool = False
     delete_asked: bool = False
     deleted: bool = False
@@ -152,7 +156,7 @@ class Oracle:
         """A node is asked to go on after so many ids."""
         facts = self.book[response_id]
         facts.dispatches = facts.dispatches + 1 if ids == facts.dispatched_after else 1
-        facts.dispatched_after = ids
+        facts.dispatched_after, facts.dispatched_s = ids, self.world.now
 
     def joined(self, router: SimRouter, facts: Facts) -> None:
         key = router.name, router.process.life
@@ -322,7 +326,7 @@ class Oracle:
         key = router.name, router.process.life
         alone_s = now - facts.read_until_s.get(key, float("-inf"))
         if facts.readers.get(key, 0) > 0:
-            if now - facts.joined_s > WRITING_S:
+            if now - facts.joined_s > writing_s(router):
                 raise Violation(f"{router.name} cancelled {name}, which has a reader")
         elif alone_s < ORPHAN_GRACE_S - 0.01:
             raise Violation(f"{name} was cancelled {alone_s:.2f} s after its last reader had left")
@@ -363,11 +367,13 @@ class Oracle:
         if waited_s < FAILOVER_WAIT_S - 0.5:
             raise Violation(f"{name} failed ({error.code}) after waiting for {waited_s:.1f} s")
         since_s = now - FAILOVER_WAIT_S
-        refused = any(node.refusals.get(name, float("-inf")) >= since_s - WRITING_S for node in self.nodes)
+        refused = any(node.refusals.get(name, float("-inf")) >= since_s - writing_s(router) for node in self.nodes)
         # Who gives way to everybody gets a free slot or nothing, also when it is to go on.
         refused |= facts.record.request.service_tier == "flex"
         room = facts.placed.context_tokens if facts.placed else 0
-        if not refused and (able_s := router.able_for_s(room, since_s)) > SLACK_S:
+        # A node that was asked and said nothing before it was lost was there in vain.
+        until_s = facts.dispatched_s if facts.dispatched_s > facts.last_word_s else now
+        if not refused and (able_s := router.able_for_s(room, since_s, until_s)) > SLACK_S:
             raise Violation(f"{name} failed ({error.code}), although a node was there for {able_s:.1f} s")
 
     def ended_unstored(self, router: SimRouter, facts: Facts, response: StoredResponse) -> None:

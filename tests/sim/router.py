@@ -378,15 +378,14 @@ class SimRouter:
         if most != self.able_since[-1][1]:
             self.able_since.append((self.world.now, most))
 
-    def able_for_s(self, context_tokens: int, since_s: float) -> float:
-        """The longest that a node of that size was there without a break, from `since_s` until now."""
+    def able_for_s(self, context_tokens: int, since_s: float, until_s: float) -> float:
+        """The longest that a node of that size was there without a break within that time."""
         longest = 0.0
         begins_s: float | None = None
-        spans = [*self.able_since, (self.world.now, 0)]
-        for (from_s, most), (to_s, _) in pairwise(spans):
-            if most >= max(1, context_tokens) and to_s > since_s:
+        for (from_s, most), (to_s, _) in pairwise([*self.able_since, (self.world.now, 0)]):
+            if most >= max(1, context_tokens) and to_s > since_s and from_s < until_s:
                 begins_s = max(from_s, since_s) if begins_s is None else begins_s
-                longest = max(longest, to_s - begins_s)
+                longest = max(longest, min(to_s, until_s) - begins_s)
             else:
                 begins_s = None
         return longest

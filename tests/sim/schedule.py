@@ -65,13 +65,16 @@ class Theme:
     routers: tuple[int, ...] = (1, 1, 2, 2, 3)
     shared: float = 0.65
     store_delays: tuple[float, ...] = (0.2, 1.0, 1.0, 5.0)
+    nodes: tuple[int, ...] = (1, 2, 3, 3, 4, 4)
+    steps_s: tuple[float, ...] = (0.03, 0.1, 0.25)
 
 
 THEMES = {
     "anything": Theme(),
     "nodes": Theme(("kill_node", "crash_engine", "cut_wire", "drain_node")),
-    "split brain": Theme(("freeze_router",), routers=(2, 3), shared=1.0, store_delays=(1.0, 5.0, 20.0)),
+    "split brain": Theme(("freeze_router",), (2, 3), 1.0, (1.0, 5.0, 20.0), nodes=(1, 2), steps_s=(0.25, 0.4)),
     "store": Theme(("fill_store", "kill_router"), store_delays=(1.0, 5.0, 20.0)),
+    "flapping": Theme(("hang_engine", "stall_wire", "freeze_node", "crash_engine", "kill_node")),
     "network": Theme(("swallow", "stall_wire", "freeze_node")),
 }
 
@@ -81,7 +84,7 @@ def planned(seed: int) -> Plan:
     chance = random.Random(f"plan {seed}")
     theme = THEMES[chance.choice(list(THEMES))]
     routers = chance.choice(theme.routers)
-    nodes = [_build(chance, index) for index in range(chance.choice([1, 2, 3, 3, 4, 4]))]
+    nodes = [_build(chance, theme, index) for index in range(chance.choice(theme.nodes))]
     plan = Plan(
         nodes=nodes,
         routers=routers,
@@ -97,14 +100,14 @@ def planned(seed: int) -> Plan:
     return plan
 
 
-def _build(chance: random.Random, index: int) -> Build:
+def _build(chance: random.Random, theme: Theme, index: int) -> Build:
     return Build(
         name=f"node{index}",
         variant=chance.choice(VARIANTS),
         context_tokens=chance.choice([LARGE, LARGE, LARGE, LARGE // 2, LARGE - 100]),
         slots=chance.choice([1, 2, 4]),
         max_waiting=chance.choice([1, 4, 16]),
-        step_s=chance.choice([0.03, 0.1, 0.25]),
+        step_s=chance.choice(theme.steps_s),
         load_s=chance.choice([0.3, 1.5]),
         drain_s=chance.choice([0.5, 3.0]),
     )
@@ -159,9 +162,9 @@ _FAULTS: list[tuple[int, str, tuple[tuple[float, float], ...]]] = [
     (3, "hang_engine", ((0.3, 6.0),)),
     (3, "freeze_node", ((0.3, 9.0),)),
     (6, "drain_node", ((0.5, 4.0),)),
-    (5, "cut_wire", ((0.0, 3.0),)),
+    (5, "cut_wire", ((-2.0, 3.0),)),
     (4, "swallow", ((0.5, 12.0), (0.0, 3.0))),
-    (3, "stall_wire", ((0.1, 4.0),)),
+    (3, "stall_wire", ((0.1, 4.0), (0.0, 3.0))),
     (6, "kill_router", ((0.1, 5.0),)),
     (4, "freeze_router", ((0.5, 10.0),)),
     (3, "stop_router", ((0.2, 3.0),)),

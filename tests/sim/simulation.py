@@ -169,18 +169,20 @@ class Faults:
         self._world.after(node.build.drain_s + 0.3 + back_s, node.boot)
 
     def cut_wire(self, whom: int, back_s: float) -> None:
+        """Not above 0: another link can be opened at once."""
         wire = self._wire(whom)
-        wire.closed = True
         wire.cut()
-        self._world.after(back_s, wire.heal)
+        if back_s > 0:
+            wire.closed = True
+            self._world.after(back_s, wire.heal)
 
     def swallow(self, whom: int, back_s: float, which: float) -> None:
         wire = self._wire(whom)
         wire.swallow(to_node=which < 2.0, to_router=which > 1.0)
         self._world.after(back_s, wire.heal)
 
-    def stall_wire(self, whom: int, seconds: float) -> None:
-        self._wire(whom).stall(seconds)
+    def stall_wire(self, whom: int, seconds: float, which: float) -> None:
+        self._wire(whom).stall(seconds, to_node=which < 2.0, to_router=which > 1.0)
 
     def kill_router(self, whom: int, back_s: float) -> None:
         router = self._router(whom)
