@@ -20,6 +20,7 @@ from router.server import make_context
 from router.sessions import Running
 from tests.fake_store import FakeDatabase, FakeStore
 from tests.router.fakes import CONFIG, FakeClock, FakeLinks, record, words
+from tests.router.reading import until
 
 TENANT, ID = "acme", "resp_t_1"
 
@@ -122,13 +123,11 @@ async def test_what_was_claimed_is_taken_over_though_nobody_waits_for_it_any_mor
     bench.clock.mono_s += LEASE_S
     bench.store.open.clear()
     asking = asyncio.create_task(bench.find())
-    while bench.store.asked != ["get", "claim"]:
-        await asyncio.sleep(0)
+    await until(lambda: bench.store.asked == ["get", "claim"])
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     bench.store.open.set()
-    while ID not in bench.context.sessions:
-        await asyncio.sleep(0)
+    await until(lambda: ID in bench.context.sessions)
     assert bench.adopted() == 1
 
 
@@ -139,8 +138,7 @@ async def test_the_keeper_and_a_client_that_come_at_once_take_it_over_once(bench
     sessions = bench.context.sessions
     keeping = asyncio.create_task(bench.context.keeper.look_once(sessions.__contains__, sessions.adopt))
     asking = asyncio.create_task(bench.find())
-    while bench.store.asked.count("claim") < 2:
-        await asyncio.sleep(0)
+    await until(lambda: bench.store.asked.count("claim") == 2)
     bench.store.open.set()
     await keeping
     assert await asking is sessions.find(TENANT, ID)
