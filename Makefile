@@ -29,7 +29,7 @@ HAS_DEV := $(VENV)/.has-dev-$(call hash,requirements/dev.txt requirements/beside
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help install up consul system-deps test test-slow unit e2e lint types format oracle genai llamacpp mutants bench
-.PHONY: bench-first bench-engine bench-export bench-exporters model lock clean
+.PHONY: bench-first bench-engine bench-failover bench-export bench-exporters model lock clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,13 +80,16 @@ llamacpp: $(HAS_LLAMACPP)  ## llama.cpp in .venv-llamacpp, measured beside ours
 mutants: $(HAS_DEV) $(HAS_MUTMUT)  ## mutation testing of the session machine and the event log: docs/mutants.md
 	@PYTHONPATH=.tools/mutmut $(PY) scripts/mutants
 
-bench: bench-first bench-engine bench-export bench-exporters  ## all measurements
+bench: bench-first bench-engine bench-failover bench-export bench-exporters  ## all measurements
 
 bench-first: $(HAS_DEV) model  ## export, tokens/s, time to first token, what the router adds
 	$(PY) -m tests.bench.first
 
 bench-engine: $(HAS_DEV) $(HAS_ORACLE) $(HAS_GENAI) $(HAS_LLAMACPP) model  ## the engine's targets, on two cores with nothing else to do
 	$(PY) -m tests.bench.engine $(if $(ONLY),--only $(ONLY)) $(if $(RESUME),--resume)
+
+bench-failover: $(HAS_DEV) model  ## pauses when nodes die or drain, the journal's cost, slow readers: ten minutes
+	$(PY) -m tests.bench.failover $(if $(ONLY),--only $(ONLY))
 
 bench-export: $(HAS_DEV)  ## the exporter at GPT-OSS-20B's full shape: 45 GB of disk (SCRATCH), most of an hour
 	$(PY) -m tests.bench.export

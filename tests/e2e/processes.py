@@ -242,6 +242,29 @@ class Consul(Process):
         return [entry["Service"] for entry in found]
 
 
+class Redis(Process):
+    """A real Redis that keeps what it is told in `folder`, as routers need it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("redis")
+        self._folder = folder
+
+    def argv(self) -> Sequence[str]:
+        """Return the command; only this machine reaches it."""
+        where = ["--bind", HOST, "--port", str(self.port), "--dir", str(self._folder)]
+        return ["redis-server", *where, "--save", "", "--appendonly", "yes"]
+
+    @property
+    def ready(self) -> bool:
+        """Tell whether it says that it is ready: it speaks no HTTP."""
+        return self.running and "Ready to accept connections" in self.log()
+
+    @property
+    def redis_url(self) -> str:
+        """The address for routers."""
+        return f"redis://{HOST}:{self.port}/0"
+
+
 class Node(Process):
     """One edge node: a parent, and the child with the engine."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tests.e2e.clients import raw_socket, sdk
 from tests.e2e.conftest import MakeRouter
 from tests.e2e.disasters import WiredFleet
 from tests.e2e.hearing import Event, Heard, Listener, kept, listening, of_log, over_websocket, resumed
-from tests.e2e.processes import HOST, Fleet, Process, free_port
+from tests.e2e.processes import HOST, Fleet, Redis, free_port
 from tests.e2e.waiting import eventually, http
 
 STORY: dict[str, Any] = {"input": "Tell me a long story.", "temperature": 0.8, "seed": 5, "max_output_tokens": 96}
@@ -21,27 +22,9 @@ PATIENCE = 20
 """How often the SDK asks again where it is told to come back later."""
 
 
-class Redis(Process):
-    """A real Redis, its data in memory only."""
-
-    def argv(self) -> Sequence[str]:
-        """Return the command; a password-less server that only this machine reaches."""
-        return ["redis-server", "--bind", HOST, "--port", str(self.port), "--save", "", "--appendonly", "no"]
-
-    @property
-    def ready(self) -> bool:
-        """Tell whether it says that it is."""
-        return self.running and "Ready to accept connections" in self.log()
-
-    @property
-    def redis_url(self) -> str:
-        """The address for a router."""
-        return f"redis://{HOST}:{self.port}/0"
-
-
 @pytest.fixture
-def redis() -> Iterator[Redis]:
-    server = Redis("redis")
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    server = Redis(tmp_path)
     yield server.start().wait_ready()
     server.close()
 
