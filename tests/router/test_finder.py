@@ -263,6 +263,8 @@ async def test_a_previous_response_is_a_finished_one_and_looking_for_it_takes_no
     assert await finder.record(TENANT, "resp_t_2") == ended(record_as("resp_t_2"))
     with pytest.raises(RouterUnreachable):
         await finder.record(TENANT, "resp_u_0")
+    bench.context.sessions.adopt(Unfinished(record_as("resp_u_1"), record().request.input))
+    assert await finder.record(TENANT, "resp_u_1") is None, "it runs here now, whoever made it"
 
 
 async def test_a_store_that_is_down_is_no_proof_that_there_is_nothing(bench: Bench) -> None:

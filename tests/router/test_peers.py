@@ -407,6 +407,7 @@ NONSENSE = {
     "nothing": saying_only(200, "", JSON),
     "no content": saying_only(204, "", JSON),
     "a redirect": saying_only(307, "{}", JSON, location="/elsewhere"),
+    "a redirect that is a refusal": saying_only(307, '{"error": {"message": "no", "code": "draining"}}', JSON),
     "an error page": saying_only(502, "bad gateway", "text/plain"),
     "an error of another shape": saying_only(500, '{"error": "no"}', JSON),
     "an error without a code": saying_only(404, '{"error": {"message": "no"}}', JSON),
@@ -592,16 +593,17 @@ async def test_a_refusal_there_is_the_same_refusal_here() -> None:
 def test_events_come_out_whole_wherever_the_stream_is_cut(said: list[bytes], chance: st.DataObject) -> None:
     stream = b"".join(COMMENT + b"event: x\ndata: " + one + b"\n\n" for one in said)
     cuts = sorted(chance.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
-    pieces = [stream[start:end] for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    anywhere = [stream[start:end] for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    everywhere = [stream[at : at + 1] for at in range(len(stream))]
 
-    async def arriving() -> AsyncIterator[bytes]:
+    async def arriving(pieces: list[bytes]) -> AsyncIterator[bytes]:
         for piece in pieces:
             yield piece
 
-    async def read() -> list[bytes]:
-        return [one async for one in sse_data(arriving())]
+    async def read(pieces: list[bytes]) -> list[bytes]:
+        return [one async for one in sse_data(arriving(pieces))]
 
-    assert asyncio.run(read()) == said
+    assert asyncio.run(read(anywhere)) == asyncio.run(read(everywhere)) == said
 
 
 # -- with patience -----------------------------------------------------------------------------
