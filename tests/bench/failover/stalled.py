@@ -18,8 +18,9 @@ from tests.e2e.waiting import http
 
 READERS = 8
 READERS_PACE = Pace(0.02)
-OTHERS_PACE = Pace(0.25, pad=4096)
-"""Enough for each to be a megabyte behind in the end, and little enough for the router to be far from busy."""
+OTHERS_STEP_S = 0.25
+OTHERS_IDS = 10_000
+"""More than anybody is there for."""
 RECEIVE_BUFFER_BYTES = 8192
 
 
@@ -36,7 +37,8 @@ def measure(scale: Scale) -> Found:
         folder = Path(name)
         node = PacedNode("paced", folder, folder)
         node.start().wait_ready()
-        fleet = started(folder, "stalled", node, {"ROUTER__LIMITS__SLOW_READER_S": str(scale(10, 3))})
+        settings = {"ROUTER__LIMITS__SLOW_READER_S": str(scale(10, 3)), "ROUTER__SESSION__ORPHAN_GRACE_S": "1"}
+        fleet = started(folder, "stalled", node, settings)
         try:
             return asyncio.run(_measure(fleet, scale))
         finally:
@@ -45,7 +47,7 @@ def measure(scale: Scale) -> Found:
 
 
 async def _measure(fleet: Fleet, scale: Scale) -> Found:
-    others, ids = scale(200, 20), scale(700, 50)
+    others, ids = scale(200, 20), scale(600, 50)
     begun_mib = rss_mib(fleet.router.pid)
     rounds: dict[str, list[Round]] = {
         "alone": [],
@@ -56,6 +58,7 @@ async def _measure(fleet: Fleet, scale: Scale) -> Found:
         tell(f"round {number + 1}")
         for kind, seen in zip((_alone, _reading, _stalled), rounds.values(), strict=True):
             seen.append(await kind(fleet, others, ids))
+            await _until(fleet, 0)
     rows: list[Row] = []
     for what, seen in rounds.items():
         readers = [late for each in seen for late in each.readers]
@@ -68,10 +71,16 @@ async def _measure(fleet: Fleet, scale: Scale) -> Found:
     rows.append(row("closed as too slow", [float(_closed(fleet))], "connections", digits=0))
     notes = [
         f"{READERS} readers of an id every 20 ms from a node without an engine, whose first comes with its next step. "
-        "The others are told 4 KiB four times a second, each; who does not read holds 8 KiB unread in its system and "
-        f"is closed after {scale(10, 3)} s (the default is 20 s), while the readers are measured.",
+        "The others are told 300 bytes about four times a second, each at moments of its own; who does not read holds "
+        f"8 KiB unread in its system and is closed after {scale(10, 3)} s (the default is 20 s), while the readers are "
+        "measured. All is stored in SQLite.",
     ]
     return Found("stalled", "Clients that stop reading", rows, notes)
+
+
+def _pace(other: int) -> Pace:
+    """Each has its own, or all would be told at the same moment."""
+    return Pace(OTHERS_STEP_S + other / 10_000, pad=256)
 
 
 async def _alone(fleet: Fleet, others: int, ids: int) -> Round:
@@ -80,25 +89,27 @@ async def _alone(fleet: Fleet, others: int, ids: int) -> Round:
 
 async def _reading(fleet: Fleet, others: int, ids: int) -> Round:
     """They are there before the readers come and until those have all."""
-    enough = int(ids * READERS_PACE.step_s / OTHERS_PACE.step_s) + 8
-    beside = [asyncio.create_task(count(fleet, OTHERS_PACE, enough, store=True)) for _ in range(others)]
-    await _until_running(fleet, others)
+    beside = [asyncio.create_task(count(fleet, _pace(other), OTHERS_IDS, store=True)) for other in range(others)]
+    await _until(fleet, others)
     found = await _watched(fleet, ids)
-    await asyncio.gather(*beside)
+    for other in beside:
+        other.cancel()
+    await asyncio.wait(beside)
     return found
 
 
 async def _stalled(fleet: Fleet, others: int, ids: int) -> Round:
-    sockets = [await _asking(fleet) for _ in range(others)]
-    await _until_running(fleet, others)
+    sockets = [await _asking(fleet, _pace(other)) for other in range(others)]
+    await _until(fleet, others)
     found = await _watched(fleet, ids)
     for stalled in sockets:
         stalled.close()
     return found
 
 
-async def _until_running(fleet: Fleet, streams: int) -> None:
-    while (await asyncio.to_thread(fleet.router.fleet))[0]["running"] < streams:
+async def _until(fleet: Fleet, streams: int) -> None:
+    """Wait until so many streams are running, no more and no less."""
+    while (await asyncio.to_thread(fleet.router.fleet))[0]["running"] != streams:
         await asyncio.sleep(0.1)
 
 
@@ -120,7 +131,7 @@ async def _most_mib(pid: int) -> float:
         return most
 
 
-async def _asking(fleet: Fleet) -> socket.socket:
+async def _asking(fleet: Fleet, pace: Pace) -> socket.socket:
     """A client that asks for a long answer and never reads it."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
@@ -135,7 +146,7 @@ async def _asking(fleet: Fleet) -> socket.socket:
     answer = b""
     while b"\r\n\r\n" not in answer:
         answer += await loop.sock_recv(connection, 1)
-    body = asked(OTHERS_PACE, 10_000, store=True).encode()
+    body = asked(pace, OTHERS_IDS, store=True).encode()
     # One text frame, masked with zeros.
     await loop.sock_sendall(connection, struct.pack("!BBHI", 0x81, 0x80 | 126, len(body), 0) + body)
     return connection
