@@ -60,7 +60,7 @@ async def _measure(made: Rig, scale: Scale) -> Found:
         row(f"time to first token of a prompt with {LATE} tokens more", [each.longer_ms for each in late], "ms")
     )
     ratios = [_over(each.move, each.longer_ms) for each in late]
-    rows.append(row(f"pause over (1.2 x that + 100 ms), fast, after {LATE} ids", ratios, "x", None, 2))
+    rows += spread(f"pause over (1.2 x that + 100 ms), fast, after {LATE} ids", ratios, "x", at_most(1.0), 2)
     decided = [_over(each.move, each.ttft_ms) for each in (*warm["exact", EARLY], *late)]
     rows += spread(f"{BOUND}, as `failover_exact_s = 1.0` decides", decided, "x", at_most(1.0), 2)
     every = [each.move for seen in warm.values() for each in seen]
@@ -73,7 +73,7 @@ async def _measure(made: Rig, scale: Scale) -> Found:
         ("SIGSTOP of the parent", stop_parent, STOP_MS),
         ("SIGSTOP of the engine", stop_engine, STOP_MS),
     ):
-        found = [(await _struck(made, strike)).detected_ms for _ in range(scale(5, 1))]
+        found = [(await _struck(made, strike)).detected_ms for _ in range(scale(4, 1))]
         rows += spread(f"{what}, {asked}", found, "ms", at_most(target))
     return Found("kills", "A node is lost under an answer", rows, NOTES)
 
