@@ -222,7 +222,7 @@ class Reading:
 
     def resume(self) -> None:
         """Ask some router for what follows the last event that it has."""
-        if self.over:
+        if self.over or self._connection is not None:
             return
         router = self.client.pick(self.manner.loyal)
         if router is None:
@@ -259,6 +259,7 @@ class Reading:
         except EdgechatError:
             self._connection = None
             raise
+        self._attempt += 1  # it is answered: nobody gives up waiting for it
         self.world.note("resumed readers")
 
     def _join(self, connection: Connection, table: SimRouter, running: Running, after: int) -> None:
@@ -428,9 +429,10 @@ class Client:
             return
 
         def answered(task: Task) -> None:
-            if not isinstance(task.error, ResponseNotFound):
-                raise Violation(f"{facts.record.id} is not stored and was found: {task.error or task.result}")
-            self.world.note("unstored not found")
+            if task.error is None:
+                raise Violation(f"{facts.record.id} is not stored and was found: {task.result}")
+            if isinstance(task.error, ResponseNotFound):
+                self.world.note("unstored not found")
 
         router.process.hear(1.5, lambda: router.process.spawn(router.open(facts.record.id), answered))
 

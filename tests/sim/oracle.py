@@ -325,10 +325,11 @@ class Oracle:
         self.world.note("orphans")
         key = router.name, router.process.life
         alone_s = now - facts.read_until_s.get(key, float("-inf"))
+        if now - facts.joined_s <= writing_s(router):
+            return  # somebody came when it was decided
         if facts.readers.get(key, 0) > 0:
-            if now - facts.joined_s > writing_s(router):
-                raise Violation(f"{router.name} cancelled {name}, which has a reader")
-        elif alone_s < ORPHAN_GRACE_S - 0.01:
+            raise Violation(f"{router.name} cancelled {name}, which has a reader")
+        if alone_s < ORPHAN_GRACE_S - 0.01:
             raise Violation(f"{name} was cancelled {alone_s:.2f} s after its last reader had left")
 
     def _check_failure(self, router: SimRouter, facts: Facts, end: EndRecord) -> None:

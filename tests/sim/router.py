@@ -42,8 +42,9 @@ CLOSING_S = 5.0
 class SlowStore:
     """The store of one life of a router: what it is asked takes time, and what it was asked outlives the router.
 
-    A write is done by the database at one moment and answered at a later one; who is killed in between never hears of
-    it. Who is killed before the first moment may have had it on its way already: chance decides.
+    A write is done by the database at one moment, answered at a later one; who is killed in between never hears of
+    it. Who is killed before the first moment may have had it on its way already: chance decides. A claim comes after
+    the writes that were begun before it, as with SQLite's one thread; Redis' epochs fence such writes instead.
     """
 
     def __init__(self, router: SimRouter, database: FakeDatabase, instance: str) -> None:
@@ -51,6 +52,7 @@ class SlowStore:
         self._router = router
         self._world = router.world
         self._life = router.process.life
+        self._written_at_s = 0.0
 
     def _some(self, most_s: float) -> float:
         return self._world.chance.random() * most_s * self._router.store_delay
@@ -58,6 +60,7 @@ class SlowStore:
     async def write(self, entries: Sequence[Entry]) -> list[Outcome]:
         answer: list[list[Outcome] | StoreUnavailable] = []
         delay_s = self._some(0.02)
+        self._written_at_s = self._world.now + delay_s
         self._world.after(delay_s, self._apply, list(entries), answer, self._world.maybe(0.5))
         await Sleep(delay_s + self._some(0.02))
         (outcome,) = answer
@@ -93,7 +96,7 @@ class SlowStore:
         return deleted
 
     async def claim(self, tenant: str, response_id: str) -> Unfinished | Owned | None:
-        await Sleep(self._some(0.01))
+        await Sleep(max(self._some(0.01), self._written_at_s - self._world.now))
         before = self.store.database.running.get(response_id)
         owner = None if before is None else before.owner
         claimed = self.store.claim_now(tenant, response_id)
@@ -241,7 +244,7 @@ class SimRouter:
         self.process.spawn(self._begin())
 
     async def _begin(self) -> None:
-        await self.keeper.look_once(self.sessions.__contains__, self.sessions.adopt)
+        await self.keeper.look_once(self._held, self.sessions.adopt)
         self.serving = True
         for wire in self.wires.values():
             wire.try_soon()
@@ -249,10 +252,16 @@ class SimRouter:
         self.process.every(LINK_BEAT_S, self._beat_links)
         self.process.spawn(self._keep())
 
+    def _held(self, response_id: str) -> bool:
+        """Whether the keeper leaves it alone; its task is ended before a router that stops lets go of anything."""
+        return self.draining or response_id in self.sessions
+
     async def _keep(self) -> None:
         while True:
             await Sleep(HEARTBEAT_S)
-            await self.keeper.look_once(self.sessions.__contains__, self.sessions.adopt)
+            if self.draining:
+                return
+            await self.keeper.look_once(self._held, self.sessions.adopt)
 
     def _tick(self) -> None:
         self.sessions.on_tick()
@@ -347,7 +356,9 @@ class SimRouter:
         return f"resp_{self.name}_{self._made:04d}"
 
     async def open(self, response_id: str, *, asked_by_router: bool = False) -> tuple[SimRouter, Here]:
-        """Where a response is, and on whose table; raises what a client is told."""
+        """Where a response is, and on whose table; raises what a client is told. Who stops takes no questions."""
+        if self.draining:
+            raise Draining
         if asked_by_router:
             return self, await self.finder.find_here(TENANT, response_id)
         found = await self.finder.find(TENANT, response_id)
