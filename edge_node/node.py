@@ -241,9 +241,11 @@ class Node:
         if refusal is not None:
             code, sentence = refusal
             self._links.send(link, [Failed(request.stream, request.epoch, code, True, sentence)])
-        elif engine is not None and self._streams.admit(link, request):
-            self._no_streams.clear()
-            engine.send(request)
+        elif engine is not None:
+            self._send(self._streams.contest(link, request))
+            if self._streams.admit(link, request):
+                self._no_streams.clear()
+                engine.send(request)
 
     def on_cancel(self, link: LinkId, cancel: Cancel) -> None:
         self._tell_engine(self._streams.cancel(link, cancel))

@@ -41,6 +41,18 @@ class Switchboard:
         self._places[request.stream] = _Place(link, request.epoch)
         return True
 
+    def contest(self, link: LinkId, request: Generate) -> dict[LinkId, list[StreamFrame]]:
+        """If two links ask for one stream: what to tell the one that loses it, before `admit`.
+
+        Its router has not noticed that another one goes on with the response, and would wait here for ever.
+        """
+        place = self._places.get(request.stream)
+        if place is None or place.link == link:
+            return {}
+        loser, epoch = (place.link, place.epoch) if place.epoch < request.epoch else (link, request.epoch)
+        sentence = "Another router goes on with this response; resume it there."
+        return {loser: [Failed(request.stream, epoch, "response_moved", True, sentence)]}
+
     def cancel(self, link: LinkId, cancel: Cancel) -> list[Cancel]:
         """What to tell the engine; a stream is cancelled only by its own link and epoch. Its Done is still routed."""
         if self._places.get(cancel.stream) == _Place(link, cancel.epoch):

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from core.errors import ResponseNotFound
-from router.errors import ResponseMoved, RouterUnreachable
+from router.errors import Draining, ResponseMoved, RouterUnreachable
 from router.journal import Owned, StoredResponse
 from router.peers import Peers
 from router.sessions import Running, Sessions
@@ -52,7 +52,7 @@ class Finder:
         self._looking: dict[tuple[str, str], asyncio.Task[Here | Owned | None]] = {}
 
     async def find(self, tenant: str, response_id: str) -> Found:
-        """Raises ResponseNotFound, RouterUnreachable, StoreUnavailable.
+        """Raises ResponseNotFound, RouterUnreachable, StoreUnavailable, Draining.
 
         What runs is not over yet when this returns: whoever joins it before waiting for anything else joins in time.
         """
@@ -137,6 +137,8 @@ class Finder:
         stored = await self._shelf.get(tenant, response_id)
         if stored is not None:
             return stored
+        if self._sessions.suspended:
+            raise Draining
         claimed = await self._shelf.claim(tenant, response_id)
         if running := self._sessions.find(tenant, response_id):
             return running  # the keeper, which looks for what nobody holds, was quicker

@@ -167,6 +167,32 @@ class _Waiting(NamedTuple):
     done: Callable[[Outcome], None]
 
 
+MAX_BATCH_BYTES = 4 * 1024 * 1024
+"""About what is written at once: who writes a word must not wait long for others' books, nor fail with them."""
+
+
+def weight_bytes(entry: Entry) -> int:
+    """About how much there is to write."""
+    match entry:
+        case Began(begun):
+            return _texts(begun.items) + _texts(begun.record.request.input) + _ENTRY_BYTES
+        case Said(_, _, ids, _):
+            return _ID_BYTES * len(ids) + _ENTRY_BYTES
+        case Ended(response):
+            return _texts(response.record.request.input) + _ID_BYTES * len(response.ids) + _ENTRY_BYTES
+        case Read() | Dropped():
+            return _ENTRY_BYTES
+
+
+# An id with what it made the model say, and what any entry has around it.
+_ID_BYTES = 32
+_ENTRY_BYTES = 512
+
+
+def _texts(items: Sequence[Item]) -> int:
+    return sum(len(item.text) + 4 * len(item.ids or ()) for item in items)
+
+
 class Journal:
     """Invariant: at most one batch is being written; entries are written in the order in which they were put.
 
@@ -187,10 +213,18 @@ class Journal:
         self._waiting.append(_Waiting(entry, done))
 
     def flush(self) -> None:
-        """Write all that waits, unless a batch is on its way: then as soon as that is back."""
-        if self._waiting and not self._writing:
-            self._writing, self._waiting = self._waiting, []
-            self._commit([waiting.entry for waiting in self._writing])
+        """Write all that waits, unless a batch is on its way: then as soon as that is back.
+
+        Only so much at once: the rest follows in batches of its own, and what is larger alone.
+        """
+        if self._writing or not self._waiting:
+            return
+        count, room_bytes = 0, MAX_BATCH_BYTES
+        while count < len(self._waiting) and (count == 0 or room_bytes >= weight_bytes(self._waiting[count].entry)):
+            room_bytes -= weight_bytes(self._waiting[count].entry)
+            count += 1
+        self._writing, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._commit([waiting.entry for waiting in self._writing])
 
     def drop(self, response_id: str) -> None:
         """Forget what waits to be written of a response: its writer is gone, and another may be there any moment."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import secrets
 import signal
 import ssl
@@ -85,8 +86,15 @@ def make_context(
 async def run(config: Config, secret: str) -> None:
     """Serve until SIGTERM or SIGINT; raises ConfigError when something needed at the start cannot be had."""
     stop = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            # Asked twice, it is not to wait for anything; what is stored is gone on with all the same.
+            os._exit(128 + number)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     async with serving(config, secret) as port:
         scheme = "https" if config.listen.tls_cert else "http"
         log.info("router %s listens at %s://%s:%d", config.router.name, scheme, config.listen.host, port)
@@ -103,28 +111,35 @@ async def serving(config: Config, secret: str) -> AsyncIterator[int]:
     links = LinkPool(hello, secret, lambda event: _hand_on(context, event), ssl_context=link_tls(config.link))
     context = make_context(config, secret, links, store)
     held, adopt = context.sessions.__contains__, context.sessions.adopt
+    # What an earlier life was answering is in the table before its clients can ask for it.
+    await context.keeper.look_once(held, adopt)
+    keeping = asyncio.create_task(context.keeper.keep(held, adopt), name="keeper")
     try:
-        # What an earlier life was answering is in the table before its clients can ask for it.
-        await context.keeper.look_once(held, adopt)
         async with listening(context) as port:
             registry = make_registry(config, instance, port)
             tasks = [
                 asyncio.create_task(registry.run(links.set_addresses, context.routers.set_addresses), name="discovery"),
                 asyncio.create_task(_tick(context), name="tick"),
-                asyncio.create_task(context.keeper.keep(held, adopt), name="keeper"),
             ]
             try:
                 yield port
             finally:
                 context.dispatcher.draining = True
                 await registry.close()
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await _end(tasks)
     finally:
+        # The lease is kept until nothing is answered any more.
+        await _end([keeping])
+        await context.routers.close()
         await links.close()
         await _let_go(store)
         await store.close()
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _let_go(store: Store) -> None:

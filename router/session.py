@@ -33,7 +33,7 @@ from router.journal import store_failure as unwritable
 MAX_UNPROMISED_DISPATCHES = 3
 """Nodes that are asked to accept a request; then its client may as well come back later."""
 MAX_FRUITLESS_LOSSES = 5
-"""Nodes lost in a row without one new id: whatever the reason, it follows this request."""
+"""Nodes lost in a row while they worked on it, without one new id: whatever the reason, it follows this request."""
 MAX_CRASHES = 2
 """Engines that a request may have died under it."""
 NOT_HERE = frozenset({"overloaded", "draining", "model_not_found"})
@@ -168,6 +168,7 @@ class Session:
         self._refusing: set[str] = set()
         self._moved_because: Failure | None = None
         self._homeless_at_s: float | None = None
+        self._heard = False
         self._fruitless_losses = 0
         self._crashes = 0
         self._arrived_at_s = 0.0
@@ -221,7 +222,7 @@ class Session:
         left_s = self._time_left_s(now)
         if left_s is not None and left_s <= 0:
             return self._fail(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
-        self.node, self._place = place.node, place
+        self.node, self._place, self._heard = place.node, place, False
         self.epoch += 1
         return [SendNode(place.node, self._generate(left_s or 0.0)), *self._serving()]
 
@@ -241,7 +242,8 @@ class Session:
         if self.ended or node != self.node:
             return []
         self._lost.add(node)
-        self._fruitless_losses += 1
+        # One that had not answered yet proves nothing: many links may break at once.
+        self._fruitless_losses += self._heard
         because = _failure(NodeLost(self._name_of(node)))
         if self._fruitless_losses >= MAX_FRUITLESS_LOSSES:
             self.node = None
@@ -336,7 +338,7 @@ class Session:
             return []
         if isinstance(frame, Failed):
             return self._on_failed(node, frame, now)
-        self._homeless_at_s = None
+        self._homeless_at_s, self._heard = None, True
         return [*self._promise(), *self._on_word(frame, now)]
 
     def _promise(self) -> list[Effect]:
@@ -402,6 +404,10 @@ class Session:
                 return self.on_node_lost(node, now)
             case "engine_stalled" if failed.retryable:
                 return self.on_node_lost(node, now)
+            case ResponseMoved.code:
+                # It knows of a higher epoch, which only another router can have given.
+                self.node = None
+                return self._stop_here(_failure(ResponseMoved()))
             case DeadlineExceeded.code:
                 # A node that went on with the answer knows only the rest of its time.
                 return self._finish_failed(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
@@ -483,9 +489,9 @@ class Session:
             case "refused":
                 return self._stop_here(_failure(unwritable()))
 
-    def suspend(self) -> list[Effect]:
-        """This router stops: a stored response is left as it is written, for whoever goes on with it."""
-        return [] if self._over else self._stop_here(_failure(Draining()))
+    def suspend(self, because: EdgechatError) -> list[Effect]:
+        """Nothing more happens here: a stored response is left as it is written, for whoever goes on with it."""
+        return [] if self._over else self._stop_here(_failure(because))
 
     def _put(self, entry: Entry) -> list[Effect]:
         if not self.record.request.store:

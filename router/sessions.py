@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from core.conversation import Item, prefix_keys
-from core.errors import RequestError
+from core.errors import EdgechatError, RequestError
 from core.frames import Cancel, Done, Drain, Failed, Generate, Progress, Row, Started, Status, Tokens
 from core.stream import Event, Failure, RequestRecord, StreamLog
 from router import terms
+from router.errors import Draining
 from router.fleet import Fleet, Node
 from router.journal import Journal, Outcome, StoredResponse, Unfinished
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
@@ -40,6 +41,7 @@ from router.session import (
 )
 
 log = logging.getLogger(__name__)
+MISTAKE = "The router made a mistake; resume the response, or send the request again."
 
 
 class Links(Protocol):
@@ -104,6 +106,7 @@ class Sessions:
         self._failover_wait_s = failover_wait_s
         self._salt_of = salt_of
         self._table: dict[str, Running] = {}
+        self.suspended = False
         self._suspects: set[str] = set()
         self._lives: dict[str, tuple[str, int]] = {}
 
@@ -138,7 +141,9 @@ class Sessions:
         return running
 
     def adopt(self, unfinished: Unfinished) -> Running:
-        """Go on with a response that was claimed from the store; nobody reads it yet."""
+        """Go on with a response that was claimed from the store; nobody reads it yet. Raises Draining."""
+        if self.suspended:
+            raise Draining
         record, items = unfinished.record, unfinished.items
         keys = prefix_keys(items, record.release, self._salt_of(record.tenant))
         running = self._admit(self._session(record, items, keys), [])
@@ -182,10 +187,14 @@ class Sessions:
             self._journal.flush()
 
     def suspend(self) -> None:
-        """This router stops: what is stored is left for whoever goes on with it, the rest is cancelled."""
+        """This router stops: what is stored is left for whoever goes on with it, the rest is cancelled.
+
+        What this router still writes of it must not meet what it would write as its successor: it adopts nothing more.
+        """
+        self.suspended = True
         for running in list(self._table.values()):
             if running.record.request.store:
-                self._carry_out(running, running.session.suspend())
+                self._carry_out(running, running.session.suspend(Draining()))
             else:
                 self._carry_out(running, running.session.on_cancel(self._now()))
 
@@ -378,7 +387,12 @@ class Sessions:
     def _written(self, running: Running, outcome: Outcome) -> None:
         if outcome != "kept":
             self._journal.drop(running.record.id)
-        self._carry_out(running, running.session.on_written(outcome))
+        try:
+            self._carry_out(running, running.session.on_written(outcome))
+        except Exception:
+            # The others of the batch have to hear of theirs.
+            log.exception("the response %s stumbled over what was written", running.record.id)
+            self._carry_out(running, running.session.suspend(EdgechatError(MISTAKE)))
 
     def _assign(self, session: Session, needed: NeedNode) -> list[Effect]:
         choice = self._choose(session, needed, promised=session.promised)

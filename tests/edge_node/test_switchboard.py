@@ -54,6 +54,20 @@ def test_a_stale_or_repeated_epoch_is_dropped() -> None:
     assert board.dropped == 2
 
 
+def test_of_two_routers_that_ask_for_one_stream_the_one_with_the_lower_epoch_is_told() -> None:
+    board = Switchboard()
+    board.admit(A, generate("s", epoch=2))
+    assert board.contest(A, generate("s", epoch=3)) == {}, "a router may take its own stream up again"
+    for first, second, loser, epoch in [(2, 1_000_001, A, 2), (2, 2, B, 2), (2, 1, B, 1)]:
+        board = Switchboard()
+        board.admit(A, generate("s", epoch=first))
+        ((told, (failed,)),) = board.contest(B, generate("s", epoch=second)).items()
+        assert isinstance(failed, Failed)
+        assert (told, failed.epoch, failed.code, failed.retryable) == (loser, epoch, "response_moved", True)
+        assert len(board) == 1
+    assert Switchboard().contest(A, generate("s")) == {}
+
+
 def test_a_higher_epoch_moves_a_stream_and_late_frames_of_the_old_one_are_dropped() -> None:
     board = Switchboard()
     board.admit(A, generate("s", epoch=1))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.journal import Dropped, Entry, Journal, Outcome
+from core.conversation import Item
+from router.journal import MAX_BATCH_BYTES, Began, Dropped, Entry, Journal, Outcome, Unfinished, weight_bytes
+from tests.router.fakes import record
 
 
 class Disk:
@@ -75,6 +77,29 @@ def test_what_waits_of_a_response_can_be_forgotten() -> None:
     disk.journal.committed(["refused"])
     assert [names(batch) for batch in disk.batches] == [["a"], ["b"]]
     assert disk.told == [("a", "refused")]
+
+
+def test_a_word_does_not_wait_for_a_book_nor_books_for_each_other() -> None:
+    disk = Disk()
+    made = record(input=[Item("message", "user", "x" * (MAX_BATCH_BYTES // 2))])
+    book = Began(Unfinished(made, []))
+    assert MAX_BATCH_BYTES // 2 < weight_bytes(book) < MAX_BATCH_BYTES
+    for entry in (Dropped("word"), book, Dropped("word"), book, book, Dropped("word")):
+        disk.journal.put(entry, lambda outcome: None)
+    disk.journal.flush()
+    while len(disk.journal):
+        disk.journal.committed(["kept"] * len(disk.batches[-1]))
+    assert [len(batch) for batch in disk.batches] == [3, 1, 2]
+
+
+def test_what_is_larger_than_a_batch_is_written_alone() -> None:
+    disk = Disk()
+    huge = Began(Unfinished(record(), [Item("message", "user", "x" * (2 * MAX_BATCH_BYTES))]))
+    disk.journal.put(huge, lambda outcome: None)
+    disk.journal.put(Dropped("word"), lambda outcome: None)
+    disk.journal.flush()
+    disk.journal.committed(["kept"])
+    assert [[type(entry) for entry in batch] for batch in disk.batches] == [[Began], [Dropped]]
 
 
 @given(st.lists(st.one_of(st.integers(1, 3), st.just("flush"), st.just("back")), max_size=40))

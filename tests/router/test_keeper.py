@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from core.frames import ItemStart, Text
 from router.journal import LEASE_S, Began, Entry, Outcome, Said, Unfinished
-from router.keeper import Keeper
+from router.keeper import CLAIMS_PER_BEAT, Keeper
 from tests.fake_store import FakeDatabase, FakeStore
 from tests.router.fakes import FakeClock, record
 
@@ -141,3 +142,50 @@ async def test_a_look_that_fails_is_made_again(database: FakeDatabase) -> None:
         await asyncio.sleep(0.01)
     keeping.cancel()
     assert router.refused == 1
+
+
+async def test_what_stumbles_again_and_again_is_taken_up_more_and_more_rarely(database: FakeDatabase) -> None:
+    router = Router(database, "a")
+    await router.write(began())
+    looks: list[int] = []
+    for look in range(70):
+        await router.look()
+        if router.table.pop(record().id, None) is not None:
+            looks.append(look)
+    assert looks == [0, 1, 3, 7, 15, 31, 63]
+
+
+async def test_one_response_that_cannot_be_taken_up_does_not_keep_the_others_waiting(
+    database: FakeDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    router = Router(database, "a")
+    others = [f"resp_t_{number}" for number in range(3)]
+    for response_id in others:
+        made = msgspec.structs.replace(record(), id=response_id)
+        await router.write(Began(Unfinished(made, [])))
+    adopted: list[str] = []
+
+    def adopt(unfinished: Unfinished) -> None:
+        if unfinished.record.id == others[1]:
+            raise ZeroDivisionError
+        adopted.append(unfinished.record.id)
+
+    await router.keeper.look_once(lambda _: False, adopt)
+    assert adopted == [others[0], others[2]]
+    assert f"the response {others[1]} cannot be gone on with" in caplog.messages
+
+
+async def test_a_lease_is_renewed_while_much_is_taken_over(database: FakeDatabase) -> None:
+    class Counted(FakeStore):
+        beats = 0
+
+        async def beat(self) -> None:
+            self.beats += 1
+            await super().beat()
+
+    store = Counted(database, "a")
+    keeper = Keeper(store, lambda: None)
+    for number in range(3 * CLAIMS_PER_BEAT):
+        store.write_now([Began(Unfinished(msgspec.structs.replace(record(), id=f"resp_t_{number}"), []))])
+    await keeper.look_once(lambda _: False, lambda _: None)
+    assert store.beats == 4

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from core.frames import Cancel, Done, Failed, Generate, Progress, Row, Sampling, Started, Timings, Usage
 from core.stream import EndRecord, Event, Failure, RequestRecord, replay
+from router.errors import Draining
 from router.journal import Began, Dropped, Ended, Entry, Outcome, Placed, Read, Said, StoredResponse, Unfinished
 from router.session import (
     MAX_FRUITLESS_LOSSES,
@@ -413,10 +414,23 @@ def test_a_request_that_nobody_has_accepted_is_not_offered_for_ever() -> None:
 def test_a_response_whose_nodes_are_lost_one_after_another_without_a_new_id_is_given_up() -> None:
     session, _ = started()
     for number in range(1, MAX_FRUITLESS_LOSSES):
-        session.on_node_lost(session.node or "", NOW)
+        session.on_node_lost(session.node, NOW)
         session.assign(place(f"n{number}"), NOW)
-    effects = session.on_node_lost(session.node or "", NOW)
+        session.on_frame(f"n{number}", Progress(STREAM, number + 1, 0, 5), NOW)
+    effects = session.on_node_lost(session.node, NOW)
     assert types(effects) == ["response.failed"]
+
+
+def test_any_number_of_links_may_break_at_once() -> None:
+    session, _ = started()
+    session.on_frame("a", row(1, 0), NOW)
+    for number in range(4 * MAX_FRUITLESS_LOSSES):
+        session.on_node_lost(session.node, NOW)
+        session.assign(place(f"n{number}"), NOW)  # whose link is the next to break
+    assert not session.ended
+    session.on_node_lost(session.node, NOW)
+    assert session.assign(None, NOW) == []
+    assert session.wake_at_s == 25.0
 
 
 def test_as_long_as_ids_come_nodes_may_be_lost_without_end() -> None:
@@ -619,6 +633,15 @@ def test_an_answer_that_another_router_took_over_stops_here_without_an_end() -> 
     assert events(effects) == []
 
 
+@pytest.mark.parametrize("store", [True, False])
+def test_a_stream_that_its_node_gives_to_another_router_stops_here_without_an_end(store: bool) -> None:
+    session, _ = started(store=store)
+    (refused,) = session.on_frame("a", failed(1, "response_moved", retryable=True), NOW)
+    assert isinstance(refused, Refused)
+    assert (refused.failure.code, refused.failure.retryable) == ("response_moved", True)
+    assert session.ended
+
+
 def test_an_end_that_cannot_be_written_is_not_told() -> None:
     session, _ = written(4)
     session.on_written("kept")
@@ -639,12 +662,12 @@ def test_a_response_that_nobody_wants_kept_is_dropped_from_the_store() -> None:
 
 def test_a_router_that_stops_leaves_the_answer_as_it_is_written() -> None:
     session, _ = written(1)
-    effects = session.suspend()
+    effects = session.suspend(Draining())
     assert sent(effects) == [Cancel(STREAM, 1)]
     refused = effects[-1]
     assert isinstance(refused, Refused)
     assert refused.failure.code == "draining"
-    assert (session.suspend(), session.on_written("kept")) == ([], [])
+    assert (session.suspend(Draining()), session.on_written("kept")) == ([], [])
 
 
 def test_what_the_first_node_settled_is_written_once() -> None:

@@ -249,8 +249,10 @@ class Node:
             self._refuse(connection, frame, "draining")
         elif not self.engine.ready:
             self._refuse(connection, frame, "overloaded")
-        elif self.switchboard.admit(link, frame):
-            self._submit(frame)
+        else:
+            self._send(self.switchboard.contest(link, frame))
+            if self.switchboard.admit(link, frame):
+                self._submit(frame)
 
     def _refuse(self, connection: Connection, request: Generate, code: str) -> None:
         self._note_refusal(request.stream)
