@@ -10,7 +10,7 @@ import pytest
 
 from core.errors import EdgechatError, ResponseNotFound, StoreUnavailable
 from core.stream import EndRecord, RequestRecord
-from router.errors import RouterUnreachable
+from router.errors import Draining, RouterUnreachable
 from router.finder import Elsewhere
 from router.http.context import Context
 from router.http.readers import Whole
@@ -275,3 +275,13 @@ async def test_a_store_that_is_down_is_no_proof_that_there_is_nothing(bench: Ben
         assert isinstance(caught.value, EdgechatError)
         assert "memory" not in caught.value.message, "where the store is, is for the log"
     bench.store.down = False
+
+
+async def test_a_router_that_stops_takes_nothing_over(bench: Bench) -> None:
+    bench.store.write_now(begun())
+    bench.context.sessions.suspend()
+    with pytest.raises(Draining):
+        await bench.find()
+    with pytest.raises(Draining):
+        bench.context.sessions.adopt(Unfinished(record(), record().request.input))
+    assert (len(bench.context.sessions), bench.adopted()) == (0, 0)
