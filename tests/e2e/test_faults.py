@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -165,14 +166,18 @@ def test_a_node_that_stops_leaves_consul_and_ends_cleanly(make_fleet: MakeFleet)
 
 
 @pytest.mark.parametrize("program", ["router", "edge_node"])
-def test_a_taken_port_is_one_line(make_fleet: MakeFleet, program: str) -> None:
+def test_a_taken_port_is_one_line(make_fleet: MakeFleet, tmp_path: Path, program: str) -> None:
     fleet = make_fleet(nodes=["eu"], consul=False)
     taken = fleet.router if program == "router" else fleet.node("eu")
     section, file = ("ROUTER", "router.toml") if program == "router" else ("EDGE", "edge.toml")
+    own = dict(taken.env())
+    if program == "router":
+        # Its store is taken as well, and is asked for first.
+        own["ROUTER__STORE__PATH"] = str(tmp_path / "second.sqlite")
     second = subprocess.run(
         [sys.executable, "-m", program, "--config", f"configs/{file}"],
         cwd=ROOT,
-        env={**psutil.Process().environ(), **taken.env(), f"{section}__LISTEN__PORT": str(taken.port)},
+        env={**psutil.Process().environ(), **own, f"{section}__LISTEN__PORT": str(taken.port)},
         capture_output=True,
         text=True,
         timeout=60,
