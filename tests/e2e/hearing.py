@@ -118,8 +118,8 @@ class Listener:
         return event
 
     def until_seen(self, events: int) -> None:
-        """Read on until so many events of the log are there."""
-        self.until(lambda _: len(self.events) >= events)
+        """Read on until so many events of the log are there, and it is said who answers."""
+        self.until(lambda _: len(self.events) >= events and bool(self.nodes))
 
     def to_the_end(self) -> Heard:
         """Read all that is left."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import MakeRouter
-from tests.e2e.disasters import DISASTERS, NEVER_S, WiredFleet, WiredNode, kill_engine, kill_parent
+from tests.e2e.disasters import DISASTERS, NEVER_S, WiredFleet, WiredNode, go_on, kill_engine, kill_parent
 from tests.e2e.hearing import (
     Event,
     Heard,
@@ -76,7 +76,10 @@ def check(fleet: Fleet, heard: Heard, expected: tuple[Heard, list[int]]) -> None
 
 
 def one_random_case(fleet: WiredFleet, undisturbed: Undisturbed, seed: int) -> None:
-    """Something happens to the node of a WebSocket client while two others are listening, too; or to two nodes."""
+    """Something happens to the node of a WebSocket client while two others are listening, too; or to two nodes.
+
+    Sometimes the first comes to life again, if it can, while another is answering in its place.
+    """
     dice = random.Random(seed)
     case = dice.choice(CASES)
     expected = undisturbed(fleet, **case)
@@ -93,6 +96,11 @@ def one_random_case(fleet: WiredFleet, undisturbed: Undisturbed, seed: int) -> N
             struck = [first, *dice.sample([name for name in fleet.nodes if name != first], 2)]
             for name, disaster in zip(struck, disasters, strict=False):
                 disaster(fleet.node(name))
+            if dice.random() < 0.5:
+                listener.until(lambda event: event["type"] == "edgechat:node")
+                fleet.node(first).wire.heal()
+                if fleet.node(first).running:
+                    go_on(fleet.node(first))
             heard = listener.to_the_end()
     assert len(heard.nodes) >= 2, f"{told}: the answer came from {heard.nodes}"
     for each in (heard, *(other.result() for other in others)):
