@@ -79,7 +79,7 @@ class EngineSection(_Section, frozen=True):
     max_stall_ms: Annotated[float, Meta(ge=0.0, le=60_000.0)] = 0.0
     kv_cache_bytes: Annotated[int, Meta(ge=0, le=1 << 42)] = 1 << 30
     speculation: bool = True
-    failover_exact_s: Seconds = 1.0
+    failover_exact_s: Seconds = 0.1
     spin_us: Annotated[int, Meta(ge=0, le=10_000)] = SPIN_US
     verify: bool = True
 
