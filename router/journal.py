@@ -147,7 +147,10 @@ class Store(Protocol):
         """
 
     async def unclaimed(self) -> list[tuple[str, str]]:
-        """(tenant, id) of unfinished responses whose owner is gone or is this router, oldest first, at most 256."""
+        """(tenant, id) of unfinished responses whose owner is gone, then of this router's own; the oldest first.
+
+        At most 256 more than this router began or claimed: its own do not hide what it could adopt.
+        """
 
     async def beat(self) -> None:
         """This router lives: call every HEARTBEAT_S."""

@@ -134,9 +134,13 @@ class FakeStore:
     def write_now(self, entries: Sequence[Entry]) -> list[Outcome]:
         self._check_writing()
         outcomes: list[Outcome] = []
+        begun: dict[str, int] = {}
         for entry in entries:
+            if isinstance(entry, Began):
+                begun[entry.id] = entry.begun.epoch
+            mine = {self._held.epoch(entry.id), begun.get(entry.id)}
             try:
-                outcome = self._write(entry, pack(entry))
+                outcome = self._write(entry, pack(entry), mine)
             except Unpackable:
                 outcome = "refused"
             outcomes.append(outcome)
@@ -178,7 +182,7 @@ class FakeStore:
             for response_id, row in self.database.running.items()
             if row.owner == self.owner or not self.database.lives(row.owner)
         ]
-        return [(tenant, response_id) for _, _, response_id, tenant in sorted(rows)[:MOST_UNCLAIMED]]
+        return [(tenant, response_id) for _, _, response_id, tenant in sorted(rows)[: MOST_UNCLAIMED + len(self._held)]]
 
     def beat_now(self, now: float) -> None:
         """now: of the database's clock."""
@@ -203,7 +207,8 @@ class FakeStore:
         if self.full or self.database.full:
             raise StoreUnavailable("The store in memory is full; make room.")
 
-    def _write(self, entry: Entry, packed: bytes) -> Outcome:
+    def _write(self, entry: Entry, packed: bytes, mine: set[int | None]) -> Outcome:
+        """mine: where this router's epochs of the response begin."""
         running, finished = self.database.running, self.database.finished
         row = running.get(entry.id)
         if isinstance(entry, Began):
@@ -215,7 +220,10 @@ class FakeStore:
                 record.tenant, record.created_at, self.owner, begun.epoch, packed, len(begun.ids)
             )
             return "kept"
-        if (row is not None and row.owner != self.owner) or (row is None and self._held.was_taken(entry.id)):
+        if row is None:
+            if self._held.was_taken(entry.id):
+                return "lost"
+        elif row.owner != self.owner or row.epoch not in mine:
             return "lost"
         match entry:
             case Ended(response):

@@ -25,7 +25,10 @@ class Held:
         return len(self._epochs) + len(self._lost)
 
     def take(self, response_id: str, epoch: int) -> None:
-        """It is this router's, from `epoch` on."""
+        """A claim was answered: it is this router's, from `epoch` on, unless a later claim was answered before."""
+        self._hold(response_id, max(epoch, self._epochs.get(response_id, epoch)))
+
+    def _hold(self, response_id: str, epoch: int) -> None:
         self._lost.pop(response_id, None)
         self._epochs.pop(response_id, None)
         self._epochs[response_id] = epoch
@@ -44,7 +47,7 @@ class Held:
         """An entry's outcome is known."""
         if isinstance(entry, Began):
             if outcome == "kept":
-                self.take(entry.id, entry.begun.epoch)
+                self._hold(entry.id, entry.begun.epoch)
         elif outcome == "lost":
             self._lose(entry.id)
         elif outcome == "kept" and isinstance(entry, Ended | Dropped):

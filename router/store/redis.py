@@ -1,6 +1,6 @@
 """Journals and finished responses in one Redis, for all routers that share it.
 
-A batch is one pipeline of scripts, one for each entry: each is atomic, and changes nothing unless this router
+A batch is a pipeline of scripts, one for each entry: each is atomic, and changes nothing unless this router
 still holds the response. A router lives as long as its lease, a key that runs out. Not for Redis Cluster: a
 script touches keys that it is not told of. Does not know what a response means, nor when one may be read.
 docs/decisions/053-journal.md gives the reasons and the keys.
@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar, cast
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from core.errors import StoreUnavailable
 from router.journal import (
@@ -44,10 +44,19 @@ T = TypeVar("T")
 Argument: TypeAlias = str | bytes | int | float
 
 MAX_WAITING = 1024
-MAX_CONNECTIONS = 8
+"""Readings, and claims."""
+READING_CONNECTIONS = 8
+CLAIMING_CONNECTIONS = 2
+JOURNAL_CONNECTIONS = 2
+"""For writing and for the beat, which wait for nobody's reading."""
 MOST_UNCLAIMED = 256
 TIMEOUT_S = 2.0
-"""To connect, and for each answer: well below a lease."""
+"""To connect, and for each answer to what is not large: well below a lease."""
+SLOWEST_BYTES_PER_S = 8 * 1024 * 1024
+"""How slowly a large entry may go to Redis."""
+PIPELINE_BYTES = 2 * 1024 * 1024
+"""Sent in one go, unless a single entry is larger."""
+CLOSE_S = 5.0
 
 SWEPT_BY_A_WRITE = 16
 SWEPT_BY_A_BEAT = 128
@@ -150,7 +159,7 @@ return found
 _CLAIM = """
 local P, id, tenant, me, epochs = KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local run = P .. ':run:' .. id
-local row = redis.call('HMGET', run, 'tenant', 'owner', 'created_at', 'opening', 'placed')
+local row = redis.call('HMGET', run, 'tenant', 'owner', 'created_at', 'opening', 'placed', 'count')
 if row[1] ~= tenant then return false end
 local owner = row[2]
 if owner ~= me and redis.call('EXISTS', P .. ':lease:' .. owner) == 1 then return {owner} end
@@ -159,7 +168,8 @@ redis.call('HSET', run, 'owner', me)
 redis.call('ZREM', P .. ':owned:' .. owner, id)
 redis.call('ZADD', P .. ':owned:' .. me, row[3], id)
 redis.call('SADD', P .. ':owners', me)
-return {row[4], redis.call('HGET', run, 'epoch'), row[5] or '', redis.call('LRANGE', P .. ':said:' .. id, 0, -1)}
+local said = redis.call('LRANGE', P .. ':said:' .. id, 0, -1)
+return {row[4] or '', redis.call('HGET', run, 'epoch'), row[5] or '', said, row[6] or -1}
 """
 
 _UNCLAIMED = """
@@ -217,22 +227,14 @@ class RedisStore:
         self._held = Held()
         self._closed = False
         self._calls: set[asyncio.Task[Any]] = set()
+        self._waiting = 0
         self._writing = asyncio.Lock()
-        # A pipeline that is sent twice would refuse its own entries; and RESP 2 has no news between the answers, so a
-        # connection that the other side closed is noticed before it is used.
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=TIMEOUT_S,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-        )
-        self._redis: Redis = Redis.from_pool(pool)
+        self._redis = _client(url, JOURNAL_CONNECTIONS)
+        self._claiming = _client(url, CLAIMING_CONNECTIONS)
+        self._reading = _client(url, READING_CONNECTIONS)
         self._write_script = self._redis.register_script(_WRITE)
-        self._delete_script = self._redis.register_script(_DELETE)
-        self._claim_script = self._redis.register_script(_CLAIM)
+        self._delete_script = self._reading.register_script(_DELETE)
+        self._claim_script = self._claiming.register_script(_CLAIM)
         self._unclaimed_script = self._redis.register_script(_UNCLAIMED)
         self._beat_script = self._redis.register_script(_BEAT)
 
@@ -265,7 +267,7 @@ class RedisStore:
         return store
 
     async def write(self, entries: Sequence[Entry]) -> list[Outcome]:
-        """One pipeline for all of them; see `Store`."""
+        """In order, each entry by itself; see `Store`."""
         batch = list(entries)
         return await self._call(lambda: self._write(batch))
 
@@ -274,7 +276,7 @@ class RedisStore:
         if not is_name(tenant, response_id):
             return None
         key = f"{self._prefix}:done:{_name(tenant, response_id)}"
-        packed = await self._call(lambda: self._redis.get(key))
+        packed = await self._call(lambda: self._reading.get(key), waits=True)
         if packed is None:
             return None
         try:
@@ -288,24 +290,25 @@ class RedisStore:
         if not is_name(tenant, response_id):
             return False
         arguments = [response_id, tenant, _name(tenant, response_id)]
-        return bool(await self._call(lambda: self._delete_script([self._prefix], arguments)))
+        return bool(await self._call(lambda: self._delete_script([self._prefix], arguments), waits=True))
 
     async def claim(self, tenant: str, response_id: str) -> Unfinished | Owned | None:
         """Take over a tenant's unfinished response if its owner's lease is over; see `Store`."""
         if not is_name(tenant, response_id):
             return None
-        return await self._call(lambda: self._claim(tenant, response_id))
+        return await self._call(lambda: self._claim(tenant, response_id), waits=True)
 
     async def unclaimed(self) -> list[tuple[str, str]]:
         """(tenant, id) of unfinished responses, those of routers that are gone before this one's own."""
-        arguments: list[Argument] = [self._owner, MOST_UNCLAIMED]
+        most = MOST_UNCLAIMED + len(self._held)
+        arguments: list[Argument] = [self._owner, most]
         found = await self._call(lambda: self._unclaimed_script([self._prefix], arguments))
         mine = self._owner.encode()
         rows = sorted(
             (owner == mine, float(created_at), response_id.decode(), tenant.decode())
             for owner, created_at, tenant, response_id in found
         )
-        return [(tenant, response_id) for _, _, response_id, tenant in rows[:MOST_UNCLAIMED]]
+        return [(tenant, response_id) for _, _, response_id, tenant in rows[:most]]
 
     async def beat(self) -> None:
         """Renew the lease, and forget what is past its time."""
@@ -317,28 +320,48 @@ class RedisStore:
         await self._call(lambda: self._redis.delete(f"{self._prefix}:lease:{self._owner}"))
 
     async def close(self) -> None:
-        """Finish what was accepted, then close the connections; the lease runs out unless `release` ended it."""
+        """Finish what was accepted, then close the connections; the lease runs out unless `release` ended it.
+
+        Waits CLOSE_S at most.
+        """
         self._closed = True
-        await asyncio.gather(*self._calls, return_exceptions=True)
-        await self._redis.aclose()
+        if self._calls:
+            _, late = await asyncio.wait(self._calls, timeout=CLOSE_S)
+            if late:
+                log.error(
+                    "the store at %s has not finished %d calls within %g s; they are given up",
+                    self._where,
+                    len(late),
+                    CLOSE_S,
+                )
+                for task in late:
+                    task.cancel()
+                await asyncio.wait(late)
+        for client in (self._redis, self._claiming, self._reading):
+            await client.aclose()
 
     # -- calls
 
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Do it even if the caller stops waiting: what was accepted is kept."""
+    async def _call(self, call: Callable[[], Awaitable[T]], *, waits: bool = False) -> T:
+        """Do it even if the caller stops waiting: what was accepted is kept.
+
+        waits: clients cause as many of these as they like.
+        """
         if self._closed:
             raise StoreUnavailable(f"The store at {self._where} is closed; try again when the router is back.")
-        if len(self._calls) >= MAX_WAITING:
+        if waits and self._waiting >= MAX_WAITING:
             raise StoreUnavailable(
-                f"The store at {self._where} is {len(self._calls)} calls behind; try again shortly.", retry_after_s=1.0
+                f"The store at {self._where} is {self._waiting} calls behind; try again shortly.", retry_after_s=1.0
             )
         task = asyncio.create_task(self._guarded(call))
         self._calls.add(task)
-        task.add_done_callback(self._answered)
+        self._waiting += waits
+        task.add_done_callback(lambda task: self._answered(task, waits))
         return await asyncio.shield(task)
 
-    def _answered(self, task: asyncio.Task[Any]) -> None:
+    def _answered(self, task: asyncio.Task[Any], waits: bool) -> None:
         self._calls.discard(task)
+        self._waiting -= waits
         if not task.cancelled():
             task.exception()  # Told to the caller, who may be gone.
 
@@ -346,7 +369,14 @@ class RedisStore:
         try:
             return await call()
         except (RedisError, OSError) as error:
+            if isinstance(error, ReadOnlyError):
+                await self._leave()
             raise self._unavailable(error) from error
+
+    async def _leave(self) -> None:
+        """Connect anew: a master that became a replica keeps its connections, and its address may lead elsewhere."""
+        for client in (self._redis, self._claiming, self._reading):
+            await client.connection_pool.disconnect()
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(f"The store at {self._where} cannot be used: {_reason(error)}.")
@@ -364,58 +394,84 @@ class RedisStore:
     # -- entries
 
     async def _write(self, entries: list[Entry]) -> list[Outcome]:
-        if not entries:
-            return []
         async with self._writing:
-            commands = self._commands(entries)
-            answers = await self._send([command for command in commands if command is not None])
-            errors = [answer for answer in answers if isinstance(answer, Exception)]
-            if errors and len(errors) == len(answers):
-                raise self._unavailable(errors[0])
+            outcomes: list[Outcome] = ["refused"] * len(entries)
+            errors: list[Exception] = []
+            are_answered = False
+            # By what is known now: a claim that is answered meanwhile is not what these were written for.
+            for numbers, commands in self._pipelines(entries, self._fences(entries)):
+                try:
+                    answers = await self._send(commands)
+                except (RedisError, OSError) as error:
+                    errors.append(error)
+                    break
+                for number, answer in zip(numbers, answers, strict=True):
+                    if isinstance(answer, Exception):
+                        errors.append(answer)
+                    else:
+                        outcomes[number] = _outcome(answer)
+                        are_answered = True
+            if errors and not are_answered:
+                raise errors[0]
             if errors:
-                log.error("the store at %s has refused %d entries: %s", self._where, len(errors), _reason(errors[0]))
-            waiting = iter(answers)
-            outcomes: list[Outcome] = [
-                "refused" if command is None else _outcome(next(waiting)) for command in commands
-            ]
+                log.error("the store at %s has refused entries: %s", self._where, _reason(errors[0]))
             for entry, outcome in zip(entries, outcomes, strict=True):
                 self._held.settle(entry, outcome)
             return outcomes
 
     async def _send(self, commands: list[list[Argument]]) -> list[Any]:
         """An answer or an error for each. The first brings the script's text: then the others know it, whatever was."""
-        if not commands:
-            return []
         pipeline = self._redis.pipeline(transaction=False)
         for number, command in enumerate(commands):
             if number == 0:
                 pipeline.eval(_WRITE, 1, self._prefix, *cast("list[str]", command))
             else:
                 pipeline.evalsha(self._write_script.sha, 1, self._prefix, *cast("list[str]", command))
-        return await pipeline.execute(raise_on_error=False)
+        connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        pipeline.connection = connection
+        connection.socket_timeout = TIMEOUT_S + sum(map(_size, commands)) / SLOWEST_BYTES_PER_S
+        try:
+            return await pipeline.execute(raise_on_error=False)
+        finally:
+            connection.socket_timeout = TIMEOUT_S
 
-    def _commands(self, entries: list[Entry]) -> list[list[Argument] | None]:
-        """The script's arguments for each entry; None for one that cannot be written."""
-        begun: dict[str, int] = {}
-        commands: list[list[Argument] | None] = []
-        for entry in entries:
+    def _pipelines(
+        self, entries: list[Entry], fences: list[list[Argument]]
+    ) -> Iterator[tuple[list[int], list[list[Argument]]]]:
+        """The entries' numbers, and the script's arguments for each; packed as they are sent.
+
+        At most PIPELINE_BYTES at a time, so that no entry waits for the answers to many large ones; one that is
+        larger goes alone. Without those that cannot be written.
+        """
+        numbers: list[int] = []
+        commands: list[list[Argument]] = []
+        size = 0
+        for number, (entry, fence) in enumerate(zip(entries, fences, strict=True)):
             try:
                 packed = pack(entry)
             except Unpackable as error:
                 log.error("an entry cannot be written: %s", error)
-                commands.append(None)
                 continue
+            if commands and size + len(packed) > PIPELINE_BYTES:
+                yield numbers, commands
+                numbers, commands, size = [], [], 0
+            numbers.append(number)
+            commands.append([_kind(entry), *fence, entry.id, packed, *self._particulars(entry)])
+            size += len(packed)
+        if commands:
+            yield numbers, commands
+
+    def _fences(self, entries: list[Entry]) -> list[list[Argument]]:
+        """For each entry by what it is recognised as this router's."""
+        begun: dict[str, int] = {}
+        fences: list[list[Argument]] = []
+        for entry in entries:
             if isinstance(entry, Began):
                 begun[entry.id] = entry.begun.epoch
             held = self._held.epoch(entry.id)
-            common: list[Argument] = [
-                self._owner,
-                "" if held is None else held,
-                begun.get(entry.id, ""),
-                "1" if self._held.was_taken(entry.id) else "0",
-            ]
-            commands.append([_kind(entry), *common, entry.id, packed, *self._particulars(entry)])
-        return commands
+            was_taken = "1" if self._held.was_taken(entry.id) else "0"
+            fences.append([self._owner, "" if held is None else held, begun.get(entry.id, ""), was_taken])
+        return fences
 
     def _particulars(self, entry: Entry) -> list[Argument]:
         match entry:
@@ -438,10 +494,13 @@ class RedisStore:
             return None
         if len(found) == 1:
             return Owned(found[0].decode().rpartition("/")[0])
-        opening, epoch, placed, said = found
+        opening, epoch, placed, said, count = found
         self._held.take(response_id, int(epoch))
         try:
-            return unpack_unfinished(opening, int(epoch), placed or None, said)
+            unfinished = unpack_unfinished(opening, int(epoch), placed or None, said)
+            if len(unfinished.ids) != int(count):
+                raise Damaged(f"what follows position {len(unfinished.ids)} is missing")
+            return unfinished
         except Damaged as error:
             log.error("the unfinished response %s is damaged and given up: %s", response_id, error)
             await self._write([Dropped(response_id)])
@@ -454,6 +513,22 @@ class RedisStore:
 
     def _retention(self) -> list[Argument]:
         return [repr(self._first_kept()) if self._keep_s else "", self._max_bytes]
+
+
+def _client(url: str, connections: int) -> Redis:
+    """Nobody waits longer than TIMEOUT_S for one of these connections."""
+    # A pipeline that is sent twice would refuse its own entries; and RESP 2 has no news between the answers, so a
+    # connection that the other side closed is noticed before it is used.
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=connections,
+        timeout=TIMEOUT_S,
+        socket_timeout=TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        protocol=2,
+    )
+    return Redis.from_pool(pool)
 
 
 def without_password(url: str) -> str:
@@ -480,6 +555,11 @@ def _kind(entry: Entry) -> str:
             return "ended"
         case Dropped():
             return "dropped"
+
+
+def _size(command: list[Argument]) -> int:
+    """Roughly, in bytes."""
+    return sum(len(argument) for argument in command if isinstance(argument, str | bytes))
 
 
 def _outcome(answer: object) -> Outcome:

@@ -1,7 +1,8 @@
 """Journals and finished responses in one SQLite file, for one router.
 
-One thread owns the connection; calls queue up for it and are answered on the event loop. A batch is one
-transaction. Does not know what a response means, nor when one may be read: every reading asks for the tenant.
+One thread owns the connection; calls queue up for it, the journal's first, and are answered on the event loop. A
+batch is one transaction. Does not know what a response means, nor when one may be read: every reading asks for the
+tenant.
 docs/decisions/052-store.md and 053-journal.md give the reasons.
 """
 
@@ -13,8 +14,8 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from enum import IntEnum
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -35,6 +36,8 @@ from router.journal import (
 from router.store.held import Held
 from router.store.lock import FileLock
 from router.store.packing import Damaged, Unpackable, is_name, pack, unpack_response, unpack_unfinished
+from router.store.traces import MOST_PAGES, Traces
+from router.store.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +45,13 @@ T = TypeVar("T")
 
 SCHEMA = 2
 MAX_WAITING = 1024
+"""Of each kind of call."""
 MOST_UNCLAIMED = 256
 BUSY_S = 1.0
-"""How long somebody else's reading of the file, a backup's say, is waited for."""
+"""How long somebody else who has locked the file is waited for."""
+CLOSE_S = 5.0
+LOG_BYTES = 4 * 1024 * 1024
+"""The write-ahead log is moved into the file when it has grown by so much."""
 
 SWEPT_BY_A_WRITE = 32
 SWEPT_BY_A_BEAT = 128
@@ -62,7 +69,7 @@ CREATE TABLE responses (
 CREATE INDEX responses_by_age ON responses (created_at);
 """
 
-# What schema 2 adds. Blobs come last in a row: what is asked most often lies before them.
+# What schema 2 adds. Openings are large and never change: they have a table of their own, which only claims read.
 _JOURNAL = f"""
 CREATE TABLE running (
     id TEXT PRIMARY KEY,
@@ -71,8 +78,11 @@ CREATE TABLE running (
     owner TEXT NOT NULL,
     epoch INTEGER NOT NULL,
     begun INTEGER NOT NULL,
-    placed BLOB,
-    opening BLOB NOT NULL
+    placed BLOB
+) STRICT;
+CREATE TABLE openings (
+    id TEXT PRIMARY KEY,
+    payload BLOB NOT NULL
 ) STRICT;
 CREATE TABLE said (
     id TEXT NOT NULL,
@@ -89,6 +99,15 @@ CREATE TRIGGER responses_went AFTER DELETE ON responses
 BEGIN UPDATE total SET bytes = bytes - length(old.payload); END;
 PRAGMA user_version = {SCHEMA};
 """
+
+
+class _Urgency(IntEnum):
+    """What waits for the thread is done in this order."""
+
+    KEEP = 0
+    """The journal and the beat. Not bounded: their caller has one of each under way."""
+    CLAIM = 1
+    READ = 2
 
 
 class _Row(NamedTuple):
@@ -122,15 +141,19 @@ class SqliteStore:
         self._max_bytes = max_bytes
         self._synchronous = "FULL" if durability == "power" else "NORMAL"
         self._wall = wall
-        self._waiting = 0
+        self._waiting = dict.fromkeys(_Urgency, 0)
         self._closed = False
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
+        self._thread = Worker("store")
         self._lock = FileLock(path)
         self._held = Held()
         self._scraps = False
-        """Whether the write-ahead log may hold what was forgotten since."""
+        """Whether the files may hold what was forgotten since."""
         self._connection: sqlite3.Connection
         self._file: tuple[int, int] | None = None
+        self._descriptor = -1
+        self._log: Path
+        self._log_limit = LOG_BYTES
+        self._traces: Traces
 
     @classmethod
     async def open(
@@ -152,64 +175,68 @@ class SqliteStore:
         owner = f"{name}/{instance}"
         store = cls(path, owner, keep_s=keep_s, max_bytes=max_bytes, durability=durability, wall=wall)
         try:
-            await store._run(store._open)
+            await store._run(store._open, _Urgency.KEEP)
         except BaseException:
-            store._lock.release()
-            store._thread.shutdown(wait=False)
+            store._thread.stop(store._lock.release)
             raise
         return store
 
     async def write(self, entries: Sequence[Entry]) -> list[Outcome]:
         """One transaction for all of them; see `Store`."""
         batch = list(entries)
-        return await self._run(lambda: self._in_place()._write(batch))
+        return await self._run(lambda: self._in_place()._write(batch), _Urgency.KEEP)
 
     async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
         """A tenant's finished response; another tenant's is as unknown as one that never was."""
-        return await self._run(lambda: self._in_place()._get(tenant, response_id))
+        return await self._run(lambda: self._in_place()._get(tenant, response_id), _Urgency.READ)
 
     async def delete(self, tenant: str, response_id: str) -> bool:
         """Forget a tenant's response, finished or not; False if there was none. Its text is in no file any more."""
-        return await self._run(lambda: self._in_place()._delete(tenant, response_id))
+        return await self._run(lambda: self._in_place()._delete(tenant, response_id), _Urgency.READ)
 
     async def claim(self, tenant: str, response_id: str) -> Unfinished | Owned | None:
         """Take over a tenant's unfinished response: no other router can live that has this file."""
-        return await self._run(lambda: self._in_place()._claim(tenant, response_id))
+        return await self._run(lambda: self._in_place()._claim(tenant, response_id), _Urgency.CLAIM)
 
     async def unclaimed(self) -> list[tuple[str, str]]:
         """(tenant, id) of unfinished responses, those of routers that are gone before this one's own."""
-        return await self._run(lambda: self._in_place()._unclaimed())
+        return await self._run(lambda: self._in_place()._unclaimed(), _Urgency.CLAIM)
 
     async def beat(self) -> None:
         """Forget what is past its time; the file's lock is all the lease there is."""
-        await self._run(lambda: self._in_place()._tidy())
+        await self._run(lambda: self._in_place()._tidy(), _Urgency.KEEP)
 
     async def release(self) -> None:
         """Nothing to do: `close` gives the lock back."""
 
     async def close(self) -> None:
-        """Finish what was accepted, then close the file; nothing is taken any more."""
+        """Finish what was accepted, then close the file; nothing is taken any more. Waits CLOSE_S at most."""
         if self._closed:
             return
         self._closed = True
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, self._close)
-        self._thread.shutdown(wait=False)
+        done = self._thread.stop(lambda: self._guarded(self._close))
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await asyncio.shield(asyncio.wrap_future(done))
+        except TimeoutError:
+            log.error("the store %s has not finished within %g s and is left to itself", self._path, CLOSE_S)
 
-    def _run(self, call: Callable[[], T]) -> asyncio.Future[T]:
+    def _run(self, call: Callable[[], T], urgency: _Urgency) -> asyncio.Future[T]:
         """Queue `call` for the thread. It is done even if the caller stops waiting: what was accepted is kept."""
         if self._closed:
             raise StoreUnavailable(f"The store {self._path} is closed; try again when the router is back.")
-        if self._waiting >= MAX_WAITING:
+        waiting = self._waiting[urgency]
+        if waiting >= MAX_WAITING and urgency != _Urgency.KEEP:
             raise StoreUnavailable(
-                f"The store {self._path} is {self._waiting} calls behind; try again shortly.", retry_after_s=1.0
+                f"The store {self._path} is {waiting} calls behind; try again shortly.", retry_after_s=1.0
             )
-        self._waiting += 1
-        done = asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, call)
-        done.add_done_callback(self._answered)
+        self._waiting[urgency] += 1
+        done = asyncio.wrap_future(self._thread.submit(urgency, lambda: self._guarded(call)))
+        done.add_done_callback(lambda _: self._answered(urgency))
         return asyncio.shield(done)
 
-    def _answered(self, _done: object) -> None:
-        self._waiting -= 1
+    def _answered(self, urgency: _Urgency) -> None:
+        self._waiting[urgency] -= 1
 
     # -- on the thread -------------------------------------------------------------------------
 
@@ -223,32 +250,39 @@ class SqliteStore:
         """Begin anew if the file was removed or replaced: SQLite would go on writing to what nobody can find again."""
         if self._file != _identity(self._path):
             log.error("the store %s was removed or replaced while it was in use; it is opened again", self._path)
-            self._connection.close()
+            if self._file is not None:
+                self._shut()
             self._open()
         return self
 
     def _open(self) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Before SQLite sees it, so that its -wal and -shm files take over the mode.
+        # Kept open as long as SQLite has the file open: with any descriptor that is closed all its locks would go.
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            self._look()
+            self._lock.take()
+            # Before SQLite makes its -wal and -shm files, so that they take over the mode.
             os.fchmod(descriptor, 0o600)
-        finally:
-            os.close(descriptor)
-        self._lock.take()
-        connection = sqlite3.connect(self._path, isolation_level=None, timeout=BUSY_S)
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-            connection.execute("PRAGMA secure_delete = ON")
-            self._bring_up_to_date(connection)
+            self._descriptor = descriptor
+            self._connect()
         except BaseException:
-            connection.close()
+            os.close(descriptor)
             raise
-        self._connection = connection
         self._file = _identity(self._path)
 
-    def _bring_up_to_date(self, connection: sqlite3.Connection) -> None:
+    def _look(self) -> None:
+        """Refuse a database that is not ours, without leaving anything in it or beside it."""
+        path = self._path.resolve()
+        if not path.is_file() or not path.stat().st_size:
+            return
+        # Without a log nobody has the file open: then there is nothing to be locked or shared.
+        way = "mode=ro" if _log_of(path).exists() else "immutable=1"
+        with closing(sqlite3.connect(f"{path.as_uri()}?{way}", uri=True, timeout=BUSY_S)) as connection:
+            self._check_schema(connection)
+
+    def _check_schema(self, connection: sqlite3.Connection) -> int:
+        """The schema's version; 0 for an empty file."""
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if version == 0 and tables:
@@ -258,20 +292,69 @@ class SqliteStore:
                 f"The store {self._path} has schema {version}, this router reads {SCHEMA}; "
                 f"use the router that wrote it or name another file in store.path."
             )
-        if version < SCHEMA:
-            missing = _JOURNAL if version == 1 else _FINISHED + _JOURNAL
-            try:
-                connection.executescript(f"BEGIN IMMEDIATE;{missing}COMMIT;")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.rollback()
-                raise
+        return int(version)
+
+    def _connect(self) -> None:
+        self._log = _log_of(self._path.resolve())
+        self._log_limit = LOG_BYTES
+        self._traces = Traces(self._descriptor, self._log)
+        self._scraps = not self._lock.was_left_clean
+        was_killed = self._log.exists()
+        connection = sqlite3.connect(self._path, isolation_level=None, timeout=BUSY_S)
+        try:
+            connection.execute("PRAGMA auto_vacuum = NONE")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
+            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            connection.execute("PRAGMA secure_delete = ON")
+            connection.execute("PRAGMA temp_store = MEMORY")
+            connection.execute(f"PRAGMA max_page_count = {MOST_PAGES}")
+            if connection.execute("PRAGMA auto_vacuum").fetchone() != (0,):
+                raise StoreUnavailable(
+                    f"The store {self._path} has auto_vacuum, with which nothing can be deleted for good; "
+                    "run `PRAGMA auto_vacuum = NONE; VACUUM;` on it or name another file in store.path."
+                )
+            version = self._check_schema(connection)
+            self._connection = connection
+            if self._scraps:
+                # What a killed router has written is in its log, unless somebody else has moved that into the file.
+                if version < SCHEMA or not was_killed:
+                    self._traces.note_all()
+                self._scrub()
+            self._bring_up_to_date(version)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _bring_up_to_date(self, version: int) -> None:
+        if version == SCHEMA:
+            return
+        missing = _JOURNAL if version == 1 else _FINISHED + _JOURNAL
+        try:
+            self._connection.executescript(f"BEGIN IMMEDIATE;{missing}COMMIT;")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.rollback()
+            raise
 
     def _close(self) -> None:
+        clean = False
+        try:
+            if self._file is not None:
+                try:
+                    self._scrub()
+                    clean = not self._scraps
+                finally:
+                    self._shut()
+        finally:
+            self._lock.release(clean=clean)
+
+    def _shut(self) -> None:
+        self._file = None
         try:
             self._connection.close()
         finally:
-            self._lock.release()
+            os.close(self._descriptor)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -292,8 +375,9 @@ class SqliteStore:
                 self._sweep(SWEPT_BY_A_WRITE)
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._held.settle(entry, outcome)
-            if isinstance(entry, Dropped):
+            if isinstance(entry, Ended | Dropped):
                 self._scraps = True
+        self._shorten_log()
         return outcomes
 
     def _write_one(self, entry: Entry, packed: bytes) -> Outcome:
@@ -336,8 +420,9 @@ class SqliteStore:
         record = begun.record
         if row is not None or self._is_finished(record.tenant, record.id):
             return "refused"
-        values = (record.id, record.tenant, record.created_at, self._owner, begun.epoch, len(begun.ids), packed)
-        self._connection.execute("INSERT INTO running VALUES (?, ?, ?, ?, ?, ?, NULL, ?)", values)
+        values = (record.id, record.tenant, record.created_at, self._owner, begun.epoch, len(begun.ids))
+        self._connection.execute("INSERT INTO running VALUES (?, ?, ?, ?, ?, ?, NULL)", values)
+        self._connection.execute("INSERT INTO openings VALUES (?, ?)", (record.id, packed))
         return "kept"
 
     def _end(self, response: StoredResponse, row: _Row | None, packed: bytes) -> Outcome:
@@ -354,8 +439,8 @@ class SqliteStore:
         return self._connection.execute(query, (tenant, response_id)).fetchone() is not None
 
     def _forget_running(self, response_id: str) -> None:
-        self._connection.execute("DELETE FROM said WHERE id = ?", (response_id,))
-        self._connection.execute("DELETE FROM running WHERE id = ?", (response_id,))
+        for table in ("said", "openings", "running"):
+            self._connection.execute(f"DELETE FROM {table} WHERE id = ?", (response_id,))
 
     # -- whole responses
 
@@ -390,17 +475,23 @@ class SqliteStore:
         if not is_name(tenant, response_id):
             return None
         with self._transaction() as connection:
-            query = "SELECT epoch, placed, opening FROM running WHERE id = ? AND tenant = ?"
+            query = (
+                "SELECT epoch, placed, coalesce(payload, x'') FROM running LEFT JOIN openings USING (id) "
+                "WHERE id = ? AND tenant = ?"
+            )
             row = connection.execute(query, (response_id, tenant)).fetchone()
             if row is None:
                 return None
             epoch = row[0] + EPOCHS_PER_OWNER
-            said = connection.execute("SELECT payload FROM said WHERE id = ? ORDER BY seq", (response_id,))
+            query = "SELECT payload FROM said WHERE id = ? ORDER BY seq"
+            # All of it: a reading that is not finished would keep the log from being emptied.
+            said = connection.execute(query, (response_id,)).fetchall()
             try:
                 unfinished = unpack_unfinished(row[2], epoch, row[1], (payload for (payload,) in said))
             except Damaged as error:
                 log.error("the unfinished response %s is damaged and given up: %s", response_id, error)
                 self._forget_running(response_id)
+                self._scraps = True
                 return None
             connection.execute(
                 "UPDATE running SET owner = ?, epoch = ? WHERE id = ?", (self._owner, epoch, response_id)
@@ -410,7 +501,8 @@ class SqliteStore:
 
     def _unclaimed(self) -> list[tuple[str, str]]:
         query = "SELECT tenant, id FROM running ORDER BY owner = ?, created_at, id LIMIT ?"
-        return [(tenant, found) for tenant, found in self._connection.execute(query, (self._owner, MOST_UNCLAIMED))]
+        most = MOST_UNCLAIMED + len(self._held)
+        return [(tenant, found) for tenant, found in self._connection.execute(query, (self._owner, most))]
 
     # -- retention
 
@@ -440,10 +532,50 @@ class SqliteStore:
         query = "SELECT bytes > ? AND (SELECT count(*) FROM (SELECT 1 FROM responses LIMIT 2)) = 2 FROM total"
         return bool(self._connection.execute(query, (self._max_bytes,)).fetchone()[0])
 
+    # -- what is left of what was forgotten
+
     def _scrub(self) -> None:
-        """Empty the write-ahead log, which still has what was forgotten; later, if somebody reads in the file."""
-        (busy, _, _) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        self._scraps = bool(busy)
+        """Leave nothing in any file that is in no row; later, if somebody reads in the file. That is not waited for."""
+        self._scraps = True
+        self._connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            self._scraps = not self._is_scrubbed()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+        finally:
+            self._connection.execute(f"PRAGMA busy_timeout = {int(BUSY_S * 1000)}")
+
+    def _is_scrubbed(self) -> bool:
+        connection = self._connection
+        self._traces.note()
+        (busy, written, moved) = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if busy or written != moved:
+            return False
+        # The log is in the file, and nobody can write to either.
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if self._traces.note():
+                return False
+            self._traces.wipe()
+        finally:
+            connection.rollback()
+        # Only now: if the process is killed before, the log says which pages are to be wiped.
+        (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        # Pages as they were before would be written again.
+        connection.execute("PRAGMA shrink_memory")
+        return not busy
+
+    def _shorten_log(self) -> None:
+        """Keep the log short. What was written is kept whether or not that works: if not, the next beat says so."""
+        try:
+            size = self._log.stat().st_size
+            if size < self._log_limit:
+                return
+            self._scrub()
+            self._log_limit = (size if self._scraps else 0) + LOG_BYTES
+        except (sqlite3.Error, OSError) as error:
+            log.warning("the log of the store %s cannot be shortened: %s", self._path, _reason(error))
 
 
 def _packed(entry: Entry) -> bytes | None:
@@ -452,6 +584,11 @@ def _packed(entry: Entry) -> bytes | None:
     except Unpackable as error:
         log.error("an entry cannot be written: %s", error)
         return None
+
+
+def _log_of(path: Path) -> Path:
+    """SQLite's write-ahead log of a file that is no link."""
+    return path.with_name(path.name + "-wal")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

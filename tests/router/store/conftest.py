@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -164,12 +166,14 @@ class SqlitePlace:
         await store.close()
 
     async def break_down(self) -> None:
-        for store in self._stores:
-            await store._run(lambda store=store: store._connection.execute("PRAGMA query_only = ON"))  # type: ignore[misc]
+        await self._set("PRAGMA query_only = ON")
 
     async def mend(self) -> None:
+        await self._set("PRAGMA query_only = OFF")
+
+    async def _set(self, statement: str) -> None:
         for store in self._stores:
-            await store._run(lambda store=store: store._connection.execute("PRAGMA query_only = OFF"))  # type: ignore[misc]
+            await asyncio.wrap_future(store._thread.submit(0, partial(store._connection.execute, statement)))
 
     async def close(self) -> None:
         for store in self._stores:

@@ -124,6 +124,21 @@ async def test_ids_are_written_once_each_and_without_a_gap(place: Place) -> None
     assert claimed(await store.claim("acme", "resp_r_1")).ids == [1, 2, 3]
 
 
+async def test_what_is_written_in_one_go_may_be_large(place: Place) -> None:
+    store = await place.open()
+    entries: list[Entry] = []
+    for number in range(4):
+        name = f"resp_{number}"
+        large = said(0, 1, response_id=name, text="x" * 1_500_000)
+        entries += [began(name), large, said(1, 2, response_id=name)]
+    entries += [Ended(saying("y", "resp_0", times=9_000_000)), Dropped("resp_1")]
+    assert await store.write(entries) == ["kept"] * len(entries)
+    back = await store.get("acme", "resp_0")
+    assert back == saying("y", "resp_0", times=9_000_000)
+    assert await store.claim("acme", "resp_1") is None
+    assert [claimed(await store.claim("acme", f"resp_{number}")).ids for number in (2, 3)] == [[1, 2], [1, 2]]
+
+
 async def test_nothing_is_said_of_what_never_began(place: Place) -> None:
     store = await place.open()
     assert await store.write([said(0, 1), read()]) == ["lost", "lost"]
@@ -228,15 +243,24 @@ async def test_a_router_claims_its_own_with_epochs_that_were_never_used(place: P
     assert await store.write([said(0, 1), ended()]) == ["kept", "kept"]
 
 
-async def test_what_others_left_is_listed_before_ones_own_and_never_more_than_256(place: Place) -> None:
+async def test_what_others_left_is_listed_before_ones_own_and_at_most_256_of_it(place: Place) -> None:
     dead = await place.open("a")
-    await dead.write([began(f"resp_dead_{number:03}", created_at=1000 - number) for number in range(200)])
+    await dead.write([began(f"resp_dead_{number:03}", created_at=1000 - number) for number in range(300)])
     await place.die(dead)
     store = await place.open("b")
-    await store.write([began(f"resp_own_{number:03}", created_at=number) for number in range(300)])
-    listed = [response_id for _, response_id in await store.unclaimed()]
-    assert listed[:200] == [f"resp_dead_{number:03}" for number in reversed(range(200))]
-    assert listed[200:] == [f"resp_own_{number:03}" for number in range(56)]
+    left = [f"resp_dead_{number:03}" for number in reversed(range(300))]
+    assert [response_id for _, response_id in await store.unclaimed()] == left[:256]
+    for response_id in left[:100]:
+        assert claimed(await store.claim("acme", response_id))
+    assert [response_id for _, response_id in await store.unclaimed()] == left[100:] + left[:100]
+
+
+async def test_what_a_router_answers_does_not_hide_what_it_could_go_on_with(place: Place) -> None:
+    """As after a moment in which the store took nothing: all of it is this router's own, and some must be claimed."""
+    store = await place.open()
+    ids = [f"resp_{number:03}" for number in range(600)]
+    await store.write([began(response_id, created_at=number) for number, response_id in enumerate(ids)])
+    assert [response_id for _, response_id in await store.unclaimed()] == ids
 
 
 async def test_a_response_deleted_while_it_runs_is_lost_to_its_router(place: Place) -> None:

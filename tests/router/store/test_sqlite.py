@@ -11,8 +11,9 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import pytest
@@ -20,9 +21,10 @@ import pytest
 from core.errors import StoreUnavailable
 from router.journal import EPOCHS_PER_OWNER, Dropped, Ended, Unfinished
 from router.store import sqlite as store_module
-from router.store.sqlite import SqliteStore
+from router.store.sqlite import SqliteStore, _Urgency
 from tests.router.store.entries import SECRET_TEXT, began, ended, read, response, said, saying
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[3]
 
 SCHEMA_1 = """
@@ -50,7 +52,7 @@ def on_disk(path: Path) -> bytes:
 
 
 async def run(store: SqliteStore, statement: str) -> None:
-    await store._run(lambda: store._connection.execute(statement).fetchall())
+    await store._run(lambda: store._connection.execute(statement).fetchall(), _Urgency.READ)
 
 
 # -- the file ----------------------------------------------------------------------------------------
@@ -147,7 +149,8 @@ async def test_a_second_router_is_told_who_uses_the_file(tmp_path: Path) -> None
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from router.store.sqlite import SqliteStore
+from typing import TypeVar
+from router.store.sqlite import SqliteStore, _Urgency
 from tests.router.store.entries import began, said
 
 async def main():
@@ -257,17 +260,31 @@ async def test_a_store_that_is_too_far_behind_refuses_and_recovers(
     monkeypatch.setattr(store_module, "MAX_WAITING", 4)
     async with opened(tmp_path / "s.sqlite") as store:
         go_on = threading.Event()
-        blocked = store._thread.submit(go_on.wait)
-        waiting = [asyncio.create_task(store.get("acme", "x")) for _ in range(4)]
+        blocked = store._thread.submit(0, go_on.wait)
+        done: list[str] = []
+
+        async def noted(name: str, call: Awaitable[T]) -> T:
+            result = await call
+            done.append(name)
+            return result
+
+        waiting = [asyncio.create_task(noted("got", store.get("acme", "x"))) for _ in range(4)]
         await asyncio.sleep(0)
         with pytest.raises(StoreUnavailable, match="4 calls behind") as refused:
-            await store.write([ended()])
+            await store.get("acme", "y")
         assert refused.value.retryable
         assert refused.value.retry_after_s is not None
+        claim = asyncio.create_task(noted("claimed", store.claim("acme", "x")))
+        await asyncio.sleep(0)
+        write = asyncio.create_task(noted("written", store.write([ended("x")])))
+        beat = asyncio.create_task(noted("beaten", store.beat()))
+        await asyncio.sleep(0)
         go_on.set()
+        assert await asyncio.gather(*waiting) == [response("x")] * 4
+        assert (await write, await claim) == (["kept"], None)
+        await beat
+        assert done == ["written", "beaten", "claimed", *["got"] * 4], "the journal waits for no reader"
         assert blocked.result()
-        assert await asyncio.gather(*waiting) == [None] * 4
-        assert await store.write([ended()]) == ["kept"]
 
 
 # -- trouble -----------------------------------------------------------------------------------------
@@ -313,7 +330,12 @@ async def test_a_damaged_response_is_an_error_not_an_unknown_one(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "damage",
-    ["DELETE FROM said WHERE seq = 1", "UPDATE said SET payload = x'c1'", "UPDATE running SET opening = x'c1'"],
+    [
+        "DELETE FROM said WHERE seq = 1",
+        "UPDATE said SET payload = x'c1'",
+        "UPDATE openings SET payload = x'c1'",
+        "DELETE FROM openings WHERE id = 'resp_r_1'",
+    ],
 )
 async def test_an_unfinished_response_with_a_hole_is_given_up_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
@@ -396,5 +418,7 @@ async def test_a_power_cut_is_waited_for_only_where_it_was_asked_for(
 ) -> None:
     path = tmp_path / "s.sqlite"
     store = await SqliteStore.open(path, "a", "1", durability=durability)  # type: ignore[arg-type]
-    assert await store._run(lambda: store._connection.execute("PRAGMA synchronous").fetchone()) == (synchronous,)
+    assert await store._run(lambda: store._connection.execute("PRAGMA synchronous").fetchone(), _Urgency.READ) == (
+        synchronous,
+    )
     await store.close()
