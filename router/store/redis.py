@@ -357,7 +357,12 @@ class RedisStore:
         self._calls.add(task)
         self._waiting += waits
         task.add_done_callback(lambda task: self._answered(task, waits))
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise
+            raise StoreUnavailable(f"The store at {self._where} was closed before it answered.") from None
 
     def _answered(self, task: asyncio.Task[Any], waits: bool) -> None:
         self._calls.discard(task)

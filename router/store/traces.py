@@ -61,9 +61,10 @@ class Traces:
             self._salt, self._read_to = salt, _LOG_HEADER
         frame = _FRAME_HEADER + int.from_bytes(header[8:12])
         before, size = self._read_to, os.fstat(log).st_size
-        while self._read_to + frame <= size:
-            self._pages.add(int.from_bytes(os.pread(log, 4, self._read_to)))
-            self._read_to += frame
+        while frames := min(_READ_AT_ONCE, (size - self._read_to) // frame):
+            data = os.pread(log, frames * frame, self._read_to)
+            self._pages.update(int.from_bytes(data[at : at + 4]) for at in range(0, len(data), frame))
+            self._read_to += len(data)
         return self._read_to > before
 
     def note_all(self) -> None:
@@ -80,9 +81,9 @@ class Traces:
         size = self._page_size()
         for first, data in self._read(size):
             for at in range(0, len(data), size):
-                page = memoryview(data)[at : at + size]
+                page = data[at : at + size]
                 start, end = _room(page, 100 if first == 1 and at == 0 else 0)
-                if any(page[start:end]):
+                if page[start:end] != bytes(end - start):
                     os.pwrite(self._file, bytes(end - start), (first - 1) * size + at + start)
         self._pages.clear()
 
@@ -103,7 +104,7 @@ class Traces:
         return 65536 if size == 1 else int(size)
 
 
-def _room(page: memoryview, header: int) -> tuple[int, int]:
+def _room(page: bytes, header: int) -> tuple[int, int]:
     """Where the list of rows ends and the first row begins; (0, 0) for a page without rows."""
     kind = page[header]
     if kind not in _INNER and kind not in _LEAVES:

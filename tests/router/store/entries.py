@@ -1,6 +1,8 @@
-"""Responses and the entries about them, for tests of stores."""
+"""Responses and the entries about them, and what lies on the disk, for tests of stores."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from core.conversation import Item
 from core.frames import Arguments, Delta, ItemEnd, ItemStart, Logprobs, Text, Usage
@@ -10,6 +12,15 @@ from router.journal import Began, Ended, Placed, Read, Said, StoredResponse, Unf
 SECRET_TEXT = "a sentence that belongs in no log"
 CREATED_AT = 1_700_000_000
 PLACED = Placed(input_tokens=5, cached_tokens=3, dropped_items=1, variant="cpu-int8", context_tokens=2048)
+
+SCHEMA_1 = """
+CREATE TABLE responses (
+    tenant TEXT NOT NULL, id TEXT NOT NULL, created_at INTEGER NOT NULL, previous_id TEXT, payload BLOB NOT NULL,
+    PRIMARY KEY (tenant, id)
+) STRICT;
+CREATE INDEX responses_by_age ON responses (created_at);
+PRAGMA user_version = 1;
+"""
 
 
 def record(response_id: str = "resp_r_1", tenant: str = "acme", created_at: int = CREATED_AT) -> RequestRecord:
@@ -65,3 +76,8 @@ def said(seq: int, *ids: int, response_id: str = "resp_r_1", text: str = "word")
 
 def ended(response_id: str = "resp_r_1", tenant: str = "acme", created_at: int = CREATED_AT) -> Ended:
     return Ended(response(response_id, tenant, created_at))
+
+
+def on_disk(path: Path) -> bytes:
+    """All that lies in the file and beside it."""
+    return b"".join(file.read_bytes() for file in path.parent.iterdir() if file.name.startswith(path.name))

@@ -33,6 +33,15 @@ def test_what_was_lost_is_remembered_as_taken_until_it_is_claimed_again() -> Non
     assert not held.was_taken("resp_r_2")
 
 
+def test_of_two_claims_whose_answers_cross_the_later_counts() -> None:
+    held = Held()
+    held.take("resp_r_1", 2_000_000)
+    held.take("resp_r_1", 1_000_000)
+    assert held.epoch("resp_r_1") == 2_000_000
+    held.settle(began(), "kept")
+    assert held.epoch("resp_r_1") == 0, "it began anew"
+
+
 def test_however_much_is_lost_or_never_ends_the_memory_of_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_module, "MAX_HELD", 10)
     monkeypatch.setattr(held_module, "MAX_LOST", 5)

@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from redis.asyncio.client import Pipeline
 
 from core.errors import StoreUnavailable
-from router.journal import Dropped, Owned, Unfinished
+from router.journal import Dropped, Entry, Owned, Unfinished
 from router.store import redis as store_module
 from router.store.redis import RedisStore
 from tests.router.store.conftest import RedisServer
@@ -63,6 +64,71 @@ async def test_a_redis_that_answers_no_more_is_not_waited_for_and_its_late_answe
             await asyncio.sleep(0.01)
         assert await asyncio.gather(*(store.get("acme", "resp_r_2") for _ in range(8))) == [response("resp_r_2")] * 8
         assert await store.unclaimed() in ([], [("acme", "resp_r_1")]), "it may have been written or not"
+
+
+class Address:
+    """Where clients connect to; which Redis that is may change, and connections that were made stay."""
+
+    def __init__(self, port: int) -> None:
+        self.leads_to = port
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.closing(writer):
+                while data := await reader.read(65536):
+                    writer.write(data)
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            theirs, ours = await asyncio.open_connection("127.0.0.1", self.leads_to)
+            tasks.update({asyncio.create_task(relay(reader, ours)), asyncio.create_task(relay(theirs, writer))})
+
+        async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+            yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_master_that_became_a_replica_is_left_for_the_one_that_its_address_leads_to(
+    redis_of_its_own: RedisServer, redis: RedisServer
+) -> None:
+    redis_of_its_own.start()
+    address = Address(redis_of_its_own.port)
+    async with address.listening() as url:
+        store = await RedisStore.open(url, "a", "1")
+        await asyncio.gather(store.write([began()]), store.get("acme", "x"), store.claim("acme", "x"))
+        with redis_of_its_own.client() as old:
+            old.replicaof("127.0.0.1", str(redis.port))
+        address.leads_to = redis.port
+        with pytest.raises(StoreUnavailable, match="read only replica"):
+            await store.write([said(0, 1)])
+        assert await store.write([began("resp_r_2"), ended("resp_r_2")]) == ["kept", "kept"]
+        await store.beat()
+        assert await store.get("acme", "resp_r_2") == response("resp_r_2")
+        assert await store.claim("acme", "resp_r_1") is None
+        with redis.client() as new:
+            assert new.exists("edgechat:lease:a/1")
+        await store.close()
+
+
+async def test_a_store_that_hangs_does_not_keep_its_router_from_stopping(
+    redis_of_its_own: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_module, "TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(store_module, "CLOSE_S", 0.05)
+    redis_of_its_own.start()
+    assert redis_of_its_own.process is not None
+    store = await RedisStore.open(redis_of_its_own.url, "a", "1")
+    redis_of_its_own.process.send_signal(signal.SIGSTOP)
+    writing = asyncio.create_task(store.write([ended()]))
+    await asyncio.sleep(0)
+    await store.close()
+    assert "has not finished 1 calls" in caplog.text
+    with pytest.raises(StoreUnavailable, match="was closed"):
+        await writing
 
 
 async def _is_down(store: RedisStore) -> bool:
@@ -202,6 +268,82 @@ async def test_a_damaged_unfinished_response_is_given_up_and_a_finished_one_an_e
         assert await store.unclaimed() == []
         with pytest.raises(StoreUnavailable, match="cannot read"):
             await store.get("acme", "resp_r_2")
+
+
+@pytest.mark.parametrize("lost", ["said", "end of said", "opening"])
+async def test_what_redis_has_thrown_away_of_an_unfinished_response_is_noticed(
+    redis: RedisServer, caplog: pytest.LogCaptureFixture, lost: str
+) -> None:
+    async with opened(redis) as store:
+        await store.write([began(), said(0, 1), said(1, 2)])
+        with redis.client() as other:
+            match lost:
+                case "said":
+                    other.delete("edgechat:said:resp_r_1")
+                case "end of said":
+                    other.rpop("edgechat:said:resp_r_1")
+                case _:
+                    other.hdel("edgechat:run:resp_r_1", "opening")
+        assert await store.claim("acme", "resp_r_1") is None
+        assert "resp_r_1 is damaged and given up" in caplog.text
+        assert await store.unclaimed() == []
+
+
+async def test_large_entries_go_one_by_one_and_have_time_for_it(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PIPELINE_BYTES", 10_000)
+    async with opened(redis) as store:
+        text = "x" * 4_000
+        entries: list[Entry] = [
+            began(),
+            *(said(number, number, text=text) for number in range(4)),
+            said(4, 4, text=text * 10),
+        ]
+        sizes = [len(commands) for _, commands in store._pipelines(entries, store._fences(entries))]
+        assert sizes == [3, 2, 1]
+        monkeypatch.setattr(store_module, "SLOWEST_BYTES_PER_S", 1_000_000)
+        allowed: list[float | None] = []
+        execute = Pipeline.execute
+
+        async def noted(pipeline: Pipeline, raise_on_error: bool = True) -> object:
+            assert pipeline.connection is not None
+            allowed.append(pipeline.connection.socket_timeout)
+            return await execute(pipeline, raise_on_error)
+
+        monkeypatch.setattr(Pipeline, "execute", noted)
+        assert await store.write(entries) == ["kept"] * 6
+        first, _, large = allowed
+        assert first is not None
+        assert large is not None
+        assert store_module.TIMEOUT_S < first < store_module.TIMEOUT_S + 0.04 <= large
+        found = await store.claim("acme", "resp_r_1")
+    assert isinstance(found, Unfinished)
+    assert found.ids == [0, 1, 2, 3, 4]
+
+
+async def test_of_a_batch_that_is_cut_in_the_middle_the_first_pipelines_are_kept(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PIPELINE_BYTES", 1)
+    async with opened(redis) as store:
+        send, sent = store._send, 0
+
+        async def cut(commands: list[list[store_module.Argument]]) -> list[object]:
+            nonlocal sent
+            sent += 1
+            if sent == 3:
+                raise ConnectionResetError("cut")
+            return await send(commands)
+
+        monkeypatch.setattr(store, "_send", cut)
+        assert await store.write([began(), said(0, 1), said(1, 2), ended("resp_r_2")]) == [
+            *["kept"] * 2,
+            *["refused"] * 2,
+        ]
+        found = await store.claim("acme", "resp_r_1")
+    assert isinstance(found, Unfinished)
+    assert found.ids == [1]
 
 
 async def test_a_password_is_asked_for_and_never_repeated(

@@ -18,23 +18,15 @@ from typing import TypeVar
 import msgspec
 import pytest
 
+from core.conversation import Item
 from core.errors import StoreUnavailable
-from router.journal import EPOCHS_PER_OWNER, Dropped, Ended, Unfinished
+from router.journal import EPOCHS_PER_OWNER, Began, Dropped, Ended, Unfinished
 from router.store import sqlite as store_module
 from router.store.sqlite import SqliteStore, _Urgency
-from tests.router.store.entries import SECRET_TEXT, began, ended, read, response, said, saying
+from tests.router.store.entries import SCHEMA_1, SECRET_TEXT, began, ended, on_disk, read, response, said, saying
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[3]
-
-SCHEMA_1 = """
-CREATE TABLE responses (
-    tenant TEXT NOT NULL, id TEXT NOT NULL, created_at INTEGER NOT NULL, previous_id TEXT, payload BLOB NOT NULL,
-    PRIMARY KEY (tenant, id)
-) STRICT;
-CREATE INDEX responses_by_age ON responses (created_at);
-PRAGMA user_version = 1;
-"""
 
 
 @contextlib.asynccontextmanager
@@ -44,11 +36,6 @@ async def opened(path: Path, **settings: float) -> AsyncIterator[SqliteStore]:
         yield store
     finally:
         await store.close()
-
-
-def on_disk(path: Path) -> bytes:
-    """All that lies in the file and beside it."""
-    return b"".join(file.read_bytes() for file in path.parent.iterdir() if file.name.startswith(path.name))
 
 
 async def run(store: SqliteStore, statement: str) -> None:
@@ -91,6 +78,18 @@ async def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -
     path.touch(0o644)
     async with opened(path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+async def test_a_link_to_a_file_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    path, link = tmp_path / "s.sqlite", tmp_path / "link.sqlite"
+    async with opened(path):
+        link.symlink_to(path)
+        with pytest.raises(StoreUnavailable, match="in use by another router"):
+            await SqliteStore.open(link, "b", "1")
+    async with opened(link) as store:
+        assert await store.write([ended()]) == ["kept"]
+        assert await store.delete("acme", "resp_r_1")
+        assert SECRET_TEXT.encode() not in on_disk(path)
 
 
 async def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -211,24 +210,47 @@ async def test_a_file_of_schema_1_is_brought_up_to_date_where_it_lies(tmp_path: 
         assert await store.get("acme", "resp_1") == kept[1]
 
 
-async def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+def looks(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file's mode and content."""
+    return {file.name: (file.stat().st_mode, file.read_bytes()) for file in folder.iterdir()}
+
+
+async def test_a_newer_schema_is_refused_and_left_untouched(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     async with opened(path) as store:
         await store.write([ended()])
     with contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("PRAGMA user_version = 3")
-    before = path.read_bytes()
+    before = looks(tmp_path)
     with pytest.raises(StoreUnavailable, match="has schema 3, this router reads 2"):
         await SqliteStore.open(path, "a", "1")
-    assert path.read_bytes() == before
+    assert looks(tmp_path) == before
 
 
-async def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+async def test_a_database_of_something_else_is_refused_and_left_untouched(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "s.sqlite"
     with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute(f"PRAGMA journal_mode = {mode}")
         other.execute("CREATE TABLE pets (name TEXT)")
+    path.chmod(0o644)
+    before = looks(tmp_path)
+    assert set(before) == {"s.sqlite"}
     with pytest.raises(StoreUnavailable, match="something else"):
         await SqliteStore.open(path, "a", "1")
+    assert looks(tmp_path) == before
+
+
+async def test_a_database_of_something_else_that_is_in_use_is_refused_and_left_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("CREATE TABLE pets (name TEXT)")
+        before = (path.read_bytes(), (tmp_path / "s.sqlite-wal").read_bytes())
+        with pytest.raises(StoreUnavailable, match="something else"):
+            await SqliteStore.open(path, "a", "1")
+        assert (path.read_bytes(), (tmp_path / "s.sqlite-wal").read_bytes()) == before
+        assert not (tmp_path / "s.sqlite.lock").exists()
 
 
 # -- the thread --------------------------------------------------------------------------------------
@@ -244,6 +266,29 @@ async def test_close_finishes_every_write_that_was_accepted(tmp_path: Path) -> N
     await store.close()
     async with opened(path) as store:
         assert [await store.get("acme", f"resp_r_{number}") is None for number in range(200)] == [False] * 200
+
+
+async def test_a_store_that_hangs_does_not_keep_its_router_from_stopping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_module, "CLOSE_S", 0.05)
+    store = await SqliteStore.open(tmp_path / "s.sqlite", "a", "1")
+    go_on = threading.Event()
+    hanging = store._thread.submit(0, go_on.wait)
+    await store.close()
+    assert not hanging.done()
+    assert "is left to itself" in caplog.text
+    go_on.set()
+    while not await _is_free(tmp_path / "s.sqlite"):
+        await asyncio.sleep(0.01)
+
+
+async def _is_free(path: Path) -> bool:
+    try:
+        await (await SqliteStore.open(path, "b", "1")).close()
+    except StoreUnavailable:
+        return False
+    return True
 
 
 async def test_a_closed_store_says_so(tmp_path: Path) -> None:
@@ -392,10 +437,11 @@ async def test_a_deletion_does_not_wait_for_the_beat_for_what_was_dropped_before
         assert b"whispered" not in on_disk(path)
 
 
-async def test_while_somebody_reads_in_the_file_a_deletion_is_finished_by_a_later_beat(
+async def test_while_somebody_reads_in_the_file_a_deletion_is_finished_by_a_later_beat_and_nothing_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "BUSY_S", 0.01)
+    # Whatever waited for the reader would wait for as long as this test may take.
+    monkeypatch.setattr(store_module, "BUSY_S", 3600.0)
     path = tmp_path / "s.sqlite"
     async with opened(path) as store:
         await store.write([ended()])
@@ -403,10 +449,48 @@ async def test_while_somebody_reads_in_the_file_a_deletion_is_finished_by_a_late
             other.execute("BEGIN")
             assert other.execute("SELECT count(*) FROM responses").fetchone() == (1,)
             assert await store.delete("acme", "resp_r_1")
+            await store.beat()
+            assert await store.write([began("resp_r_2")]) == ["kept"]
             assert await store.get("acme", "resp_r_1") is None
             assert SECRET_TEXT.encode() in on_disk(path)
+        await store.write([Dropped("resp_r_2")])
         await store.beat()
         assert SECRET_TEXT.encode() not in on_disk(path)
+
+
+async def test_what_a_later_response_began_with_goes_with_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        await store.write([Ended(saying("whispered", "resp_r_1"))])
+        items = [Item("message", "assistant", "whispered"), Item("message", "user", "and then?")]
+        await store.write([Began(msgspec.structs.replace(began("resp_r_2").begun, items=items))])
+        assert await store.delete("acme", "resp_r_1")
+        assert b"whispered" in on_disk(path), "the one that goes on from it still needs it"
+        await store.write([Ended(saying("plain", "resp_r_2"))])
+        await store.beat()
+        assert b"whispered" not in on_disk(path)
+
+
+async def test_of_a_damaged_response_that_was_given_up_nothing_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    async with opened(path) as store:
+        await store.write([began(), said(0, 1), said(1, 2, text="whispered")])
+        await run(store, "DELETE FROM said WHERE seq = 0")
+        assert await store.claim("acme", "resp_r_1") is None
+        await store.beat()
+        assert b"whispered" not in on_disk(path)
+
+
+async def test_an_opening_is_written_once(tmp_path: Path) -> None:
+    path, log = tmp_path / "s.sqlite", tmp_path / "s.sqlite-wal"
+    async with opened(path) as store:
+        items = [Item("message", "user", "x" * 1_000_000)]
+        await store.write([Began(msgspec.structs.replace(began().begun, items=items)), Dropped("resp_r_2")])
+        await store.beat()
+        assert log.stat().st_size == 0
+        await store.write([read()])
+        assert isinstance(await store.claim("acme", "resp_r_1"), Unfinished)
+        assert log.stat().st_size < 100_000
 
 
 # -- durability --------------------------------------------------------------------------------------
