@@ -262,7 +262,8 @@ class Node:
     def _refusal(self, request: Generate, engine: EngineProcess | None) -> tuple[str, str] | None:
         """Code and sentence for a request that may be tried elsewhere."""
         node = f"node {self._name!r}"
-        if self._draining:
+        # What goes on from elsewhere was sent before its router knew; refused, it might have nowhere to go.
+        if self._draining and request.epoch == 1:
             return "draining", f"The {node} is shutting down; send the request to another."
         if request.release != self._manifest.release:
             served = self._manifest.release

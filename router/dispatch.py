@@ -103,12 +103,14 @@ class Dispatcher:
 
     async def _history(self, tenant: str, response_id: str | None, kept: Mapping[str, StoredResponse]) -> list[Item]:
         """Everything said up to and including `response_id`; instructions are not part of it."""
+        asked = response_id
         turns: list[list[Item]] = []
         characters = 0
         while response_id is not None:
             past = kept.get(response_id) or await self._recall(tenant, response_id)
             if past is None:
-                raise PreviousResponseNotFound(response_id)
+                # The one that the client knows, also where an earlier turn of its conversation is gone.
+                raise PreviousResponseNotFound(asked or response_id)
             if len(turns) == MAX_TURNS:
                 sentence = f"The conversation has more than {MAX_TURNS} turns; start a new one with a summary."
                 raise RequestError(sentence, param="previous_response_id")

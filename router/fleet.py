@@ -161,6 +161,11 @@ class Fleet:
         if node := self.nodes.get(url):
             node.dispatched += 1
 
+    def forgive(self, seconds: float) -> None:
+        """This router stood still for so long: what it has not heard was said all the same."""
+        for node in self.nodes.values():
+            node.status_at_s += seconds
+
     def forget_long_gone(self, now_s: float) -> None:
         """Drop nodes whose link has been down for `FORGET_DOWN_AFTER_S`: the table stays as small as the fleet."""
         for url, node in list(self.nodes.items()):

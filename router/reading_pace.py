@@ -56,6 +56,10 @@ class ReadingPace:
         """Seconds for which there has been something to read and none of it was; 0 when all is read."""
         return now_s - self._stands_since_s if self.read_bytes < self.said_bytes else 0.0
 
+    def forgive(self, seconds: float) -> None:
+        """The client could not be heard for so long, through no fault of its own."""
+        self._stands_since_s += seconds
+
     def is_behind(self, now_s: float) -> bool:
         """Whether the client is too slow to be kept."""
         allowed_bytes = self._most_bytes + (self._allowances[0][1] if self._allowances else 0)

@@ -40,6 +40,8 @@ from router.store.opening import open_store
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
+# A tick that is so late says that the whole process was.
+STOOD_STILL_S = 1.0
 # aiohttp would let a client hold a connection for an hour between two requests.
 KEEP_ALIVE_S = 75.0
 
@@ -200,9 +202,14 @@ def make_registry(config: Config, instance: str, port: int) -> Registry:
 
 
 async def _tick(context: Context) -> None:
+    ticked_at_s = time.monotonic()
     while True:
         await asyncio.sleep(STATUS_PERIOD_S)
+        late_s, ticked_at_s = time.monotonic() - ticked_at_s - STATUS_PERIOD_S, time.monotonic()
         try:
+            if late_s > STOOD_STILL_S:
+                log.warning("this router stood still for %.1f s", late_s)
+                context.forgive(late_s)
             context.on_tick()
         except Exception:
             # One response's trouble must not stop the watch over all others.

@@ -237,6 +237,11 @@ class Session:
             return self._fail(_failure(DeadlineExceeded(self.record.request.deadline_s)), now)
         return self._fail(because, now) if now.mono_s - self._homeless_at_s >= self._failover_wait_s else []
 
+    def on_nobody_yet(self, now: Instant) -> None:
+        """No node was ready since this router started, so none can be missed: the wait begins later."""
+        if self._homeless_at_s is not None:
+            self._homeless_at_s = now.mono_s
+
     def on_node_lost(self, node: str, now: Instant) -> list[Effect]:
         """The link of `node` broke or its engine is gone under this stream: another node continues by ids."""
         if self.ended or node != self.node:

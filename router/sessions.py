@@ -107,6 +107,7 @@ class Sessions:
         self._salt_of = salt_of
         self._table: dict[str, Running] = {}
         self.suspended = False
+        self._seen_ready = False
         self._suspects: set[str] = set()
         self._lives: dict[str, tuple[str, int]] = {}
 
@@ -187,16 +188,13 @@ class Sessions:
             self._journal.flush()
 
     def suspend(self) -> None:
-        """This router stops: what is stored is left for whoever goes on with it, the rest is cancelled.
+        """This router stops: nothing gets an end here. What is stored is left for whoever goes on with it.
 
         What this router still writes of it must not meet what it would write as its successor: it adopts nothing more.
         """
         self.suspended = True
         for running in list(self._table.values()):
-            if running.record.request.store:
-                self._carry_out(running, running.session.suspend(Draining()))
-            else:
-                self._carry_out(running, running.session.on_cancel(self._now()))
+            self._carry_out(running, running.session.suspend(Draining()))
 
     def _session(self, record: RequestRecord, items: list[Item], prefix_keys: Sequence[str]) -> Session:
         return Session(
@@ -273,6 +271,7 @@ class Sessions:
         known = self._fleet.nodes.get(node)
         if known is None or status.state != "ready" or self._lives.get(node) == known.life:
             return
+        self._seen_ready = True
         # Another engine than the one we knew: there may be a place for those who wait for one.
         self._lives[node] = known.life
         self._renew(node)
@@ -396,6 +395,8 @@ class Sessions:
 
     def _assign(self, session: Session, needed: NeedNode) -> list[Effect]:
         choice = self._choose(session, needed, promised=session.promised)
+        if not self._seen_ready:
+            session.on_nobody_yet(self._now())
         if choice is not None and needed.variant not in ("", choice.variant):
             self._metrics.crossed_variants.inc()
         return session.assign(None if choice is None else _place(choice), self._now())

@@ -57,6 +57,13 @@ class Context:
     def __post_init__(self) -> None:
         self.stalls = Stalls(self.config.limits.slow_reader_s)
 
+    def forgive(self, seconds: float) -> None:
+        """This router stood still for so long (stopped, swapped, a laptop's lid): nobody else is to blame for it."""
+        self.fleet.forgive(seconds)
+        self.stalls.forgive(seconds)
+        for outbox in self.outboxes:
+            outbox.forgive(seconds)
+
     def on_tick(self) -> None:
         """Every 250 ms."""
         now_s = self.now().mono_s

@@ -72,6 +72,10 @@ class Outbox:
         if self._pace.is_behind(now_s):
             self.look(now_s)
 
+    def forgive(self, seconds: float) -> None:
+        """This router stood still for so long, and heard nobody."""
+        self._pace.forgive(seconds)
+
     def finish(self) -> None:
         """Nothing follows; `drain` returns when all is written."""
         self._closed = True

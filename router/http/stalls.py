@@ -54,6 +54,12 @@ class Stalls:
             if now_s - seen.moved_at_s > self._patience_s(connection)
         ]
 
+    def forgive(self, seconds: float) -> None:
+        """This router stood still for so long, and took nothing from anybody."""
+        self._seen = {
+            connection: seen._replace(moved_at_s=seen.moved_at_s + seconds) for connection, seen in self._seen.items()
+        }
+
     def _look_at(self, connection: Connection, now_s: float, watched: Collection[asyncio.BaseTransport]) -> _Seen:
         transport, unsent_bytes = connection.transport, 0
         if transport is not None:

@@ -461,8 +461,11 @@ async def test_a_draining_node_lets_answers_finish_and_takes_no_new_ones() -> No
         assert json.loads((await get(served.port, "/readyz")).body)["reason"] == "draining"
         await link.send(generate("t"))
         assert (await link.receive(Failed)).code == "draining"
-        engine.say(outputs([row("s", 0)]), done("s"))
-        assert (await link.receive(Done)).stream == "s"
+        # Handed over by a router that had not heard of this drain yet: it has nowhere to go back to.
+        await link.send(generate("u", epoch=2))
+        assert (await engine.was_told(Generate)).stream == "u"
+        engine.say(outputs([row("s", 0)]), done("s"), done("u", 2))
+        assert {(await link.receive(Done)).stream for _ in "su"} == {"s", "u"}
         assert (await closing_of(link))[0] == 1012
         await served.running
 

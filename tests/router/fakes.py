@@ -187,15 +187,18 @@ class FakeLinks:
 
 
 class SlowStore(FakeStore):
-    """Waits before every write for `open`, when a test closes it."""
+    """Waits before every write for `open`, when a test closes it. blocked: set as soon as a write waits."""
 
     def __init__(self, database: FakeDatabase, name: str = "t", instance: str = "i") -> None:
         super().__init__(database, name, instance)
         self.open = asyncio.Event()
         self.open.set()
+        self.blocked = asyncio.Event()
 
     async def write(self, entries: Sequence[Entry]) -> list[Outcome]:
-        await self.open.wait()
+        if not self.open.is_set():
+            self.blocked.set()
+            await self.open.wait()
         return await super().write(entries)
 
     @property

@@ -285,3 +285,38 @@ async def test_a_router_that_stops_takes_nothing_over(bench: Bench) -> None:
     with pytest.raises(Draining):
         bench.context.sessions.adopt(Unfinished(record(), record().request.input))
     assert (len(bench.context.sessions), bench.adopted()) == (0, 0)
+
+
+async def test_what_was_taken_over_before_any_node_was_there_waits_for_the_first_and_fifteen_seconds_more(
+    bench: Bench,
+) -> None:
+    sessions = bench.context.sessions
+    running = sessions.adopt(Unfinished(record(), record().request.input))
+    reader = Whole()
+    sessions.join(running, reader)
+    for _ in range(20):
+        bench.clock.mono_s += 5.0
+        sessions.on_tick()
+    assert not running.over.is_set()
+    other = bench.links.node("other", releases=("another@0123456789ab",))
+    other.come_up()
+    bench.clock.mono_s += 14.0
+    other.status()
+    sessions.on_tick()
+    assert not running.over.is_set()
+    bench.clock.mono_s += 1.0
+    sessions.on_tick()
+    await running.over.wait()
+    with pytest.raises(EdgechatError) as failed:
+        await reader.response()
+    assert failed.value.code == "no_node_available"
+
+
+async def test_a_router_that_stood_still_blames_nobody(bench: Bench) -> None:
+    node = bench.links.node("eu")
+    node.come_up()
+    bench.clock.mono_s += 24.0
+    bench.context.forgive(24.0)
+    assert [known.hello.name for known in bench.context.fleet.ready(bench.clock.mono_s)] == ["eu"]
+    bench.clock.mono_s += 2.0
+    assert bench.context.fleet.ready(bench.clock.mono_s) == []

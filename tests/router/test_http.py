@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -76,6 +77,26 @@ async def test_a_chat_stream_that_fails_midway_says_so_in_the_stream(router: Fak
         router.wait_s(15.0)
         blocks = parse_sse((await answer.read()).decode())
     assert json.loads(blocks[-1][1])["error"]["code"] == "node_lost"
+
+
+async def test_a_completion_that_a_stopping_router_cuts_off_is_no_finished_one(
+    router: FakeRouter, http: ClientSession
+) -> None:
+    router.links.node("eu", lambda frame: saying("Hi", " there")(frame)[:2]).come_up()
+    whole = asyncio.ensure_future(http.post("/v1/chat/completions", json=CHAT))
+    unstored = asyncio.ensure_future(http.post("/v1/responses", json=BODY | {"store": False}))
+    async with http.post("/v1/chat/completions", json=CHAT | {"stream": True}) as answer:
+        await answer.content.readuntil(b"\n\n")
+        for _ in range(3):
+            await router.links.generates.get()
+        router.context.sessions.suspend()
+        blocks = parse_sse((await answer.read()).decode())
+    assert json.loads(blocks[-1][1])["error"]["code"] == "draining"
+    assert not any('"finish_reason":"' in data for _, data in blocks)
+    for pending in (whole, unstored):
+        async with await pending as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (503, "draining")
+    assert router.links.cancels.qsize() == 3
 
 
 async def test_an_id_of_ours_is_echoed_as_the_request_id(http: ClientSession) -> None:

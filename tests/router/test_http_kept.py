@@ -95,6 +95,22 @@ async def test_cancelling_a_finished_response_answers_with_it_unchanged(
         assert await answer.json() == made
 
 
+async def test_a_conversation_whose_beginning_is_gone_is_named_as_its_client_knows_it(
+    router: FakeRouter, http: ClientSession
+) -> None:
+    router.links.node("eu", saying("Yes")).come_up()
+    ids: list[str] = []
+    for _ in range(2):
+        async with http.post("/v1/responses", json=BODY | {"previous_response_id": ids[-1] if ids else None}) as answer:
+            ids.append((await answer.json())["id"])
+    async with http.delete(f"/v1/responses/{ids[0]}"):
+        pass
+    async with http.post("/v1/responses", json=BODY | {"previous_response_id": ids[1]}) as answer:
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (400, "previous_response_not_found")
+        assert ids[1] in error["message"] and ids[0] not in error["message"]
+
+
 async def test_history_is_walked_to_its_beginning_and_instructions_are_not_inherited(
     router: FakeRouter, http: ClientSession
 ) -> None:

@@ -173,3 +173,11 @@ def test_a_pong_is_believed_once_and_never_from_the_offset_alone() -> None:
     assert asking.answered((2 * PING_EVERY_BYTES).to_bytes(8, "big") + ping[8:]) is None
     assert asking.answered(ping) == PING_EVERY_BYTES
     assert asking.answered(ping) is None
+
+
+def test_a_client_that_could_not_be_heard_is_given_that_time() -> None:
+    pace = ReadingPace(most_bytes=100, most_s=20.0)
+    pace.say([10], 0.0)
+    pace.forgive(24.0)
+    assert not pace.is_behind(44.0)
+    assert pace.is_behind(44.1)

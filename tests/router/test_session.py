@@ -1014,3 +1014,16 @@ def test_time_runs_out_to_the_moment() -> None:
     session.on_node_lost("a", NOW)
     assert session.assign(None, later(8.5)) == []
     assert session.on_suspicion(lambda needed: False, later(8.5)) == []
+
+
+def test_the_wait_for_a_node_begins_when_there_was_one_since_the_router_started() -> None:
+    session, _ = resumed()
+    session.on_nobody_yet(later(100.0))
+    assert session.assign(None, later(114.9)) == []
+    assert types(session.assign(None, later(115.0)))[-1] == "response.failed"
+
+
+def test_a_node_that_was_never_missed_is_not_waited_for() -> None:
+    session, _ = started()
+    session.on_nobody_yet(NOW)
+    assert session.wake_at_s is None

@@ -565,7 +565,7 @@ async def test_nothing_is_told_before_the_store_has_it(router: FakeRouter, socke
     for said in saying("Hi")(frame):
         node.say(said)
     pending = asyncio.ensure_future(until_end(socket))
-    await asyncio.sleep(0.05)
+    await router.store.blocked.wait()
     assert (pending.done(), router.store.kept, len(router.context.sessions)) == (False, {}, 1)
     router.store.open.set()
     last = (await pending)[-1]

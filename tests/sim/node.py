@@ -245,7 +245,7 @@ class Node:
         if isinstance(frame, Cancel):
             for cancel in self.switchboard.cancel(link, frame):
                 self._cancel(cancel)
-        elif self.draining:
+        elif self.draining and frame.epoch == 1:
             self._refuse(connection, frame, "draining")
         elif not self.engine.ready:
             self._refuse(connection, frame, "overloaded")
