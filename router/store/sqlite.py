@@ -320,7 +320,7 @@ class SqliteStore:
                 # What a killed router has written is in its log, unless somebody else has moved that into the file.
                 if version < SCHEMA or not was_killed:
                     self._traces.note_all()
-                self._scrub()
+                self._try_to_scrub()
             self._bring_up_to_date(version)
         except BaseException:
             connection.close()
@@ -341,11 +341,9 @@ class SqliteStore:
         clean = False
         try:
             if self._file is not None:
-                try:
-                    self._scrub()
-                    clean = not self._scraps
-                finally:
-                    self._shut()
+                self._try_to_scrub()
+                clean = not self._scraps
+                self._shut()
         finally:
             self._lock.release(clean=clean)
 
@@ -567,15 +565,18 @@ class SqliteStore:
         return not busy
 
     def _shorten_log(self) -> None:
-        """Keep the log short. What was written is kept whether or not that works: if not, the next beat says so."""
-        try:
-            size = self._log.stat().st_size
-            if size < self._log_limit:
-                return
-            self._scrub()
+        """Keep the log short: else a killed router's successor has much to read."""
+        size = _size(self._log)
+        if size >= self._log_limit:
+            self._try_to_scrub()
             self._log_limit = (size if self._scraps else 0) + LOG_BYTES
+
+    def _try_to_scrub(self) -> None:
+        """What is written is kept whether or not this works: if not, the next beat says so, and the next start."""
+        try:
+            self._scrub()
         except (sqlite3.Error, OSError) as error:
-            log.warning("the log of the store %s cannot be shortened: %s", self._path, _reason(error))
+            log.warning("the store %s cannot be tidied up at the moment: %s", self._path, _reason(error))
 
 
 def _packed(entry: Entry) -> bytes | None:
@@ -589,6 +590,14 @@ def _packed(entry: Entry) -> bytes | None:
 def _log_of(path: Path) -> Path:
     """SQLite's write-ahead log of a file that is no link."""
     return path.with_name(path.name + "-wal")
+
+
+def _size(path: Path) -> int:
+    """Of a file, in bytes; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

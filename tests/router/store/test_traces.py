@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import sqlite3
 import struct
@@ -141,6 +142,33 @@ async def test_what_a_killed_router_left_is_gone_after_the_next_start(tmp_path: 
     assert [await store.get("acme", f"resp_r_{number}") is None for number in range(20)] == [False] * 20
     await store.close()
     check(path)
+
+
+async def test_what_could_not_be_wiped_is_told_and_wiped_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "s.sqlite"
+    store = await SqliteStore.open(path, "a", "1")
+    await store.write([Ended(saying("whispered-", "resp_r_1")), Ended(saying("spoken", "resp_r_2"))])
+    await store.beat()
+
+    def fail(self: Traces) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Traces, "wipe", fail)
+        for call in (store.delete("acme", "resp_r_1"), store.beat()):
+            with pytest.raises(StoreUnavailable, match="No space left"):
+                await call
+        assert await store.get("acme", "resp_r_1") is None
+        assert await store.write([began()]) == ["kept"], "what is kept needs no tidying up"
+        await store.close()
+    assert "cannot be tidied up" in caplog.text
+    plant(path)
+    store = await SqliteStore.open(path, "a", "1")
+    assert b"whispered-" not in on_disk(path)
+    assert await store.get("acme", "resp_r_2") is not None
+    await store.close()
 
 
 async def test_a_file_of_schema_1_is_looked_through(tmp_path: Path) -> None:
