@@ -452,18 +452,6 @@ class Session:
 
     # -- the clock -----------------------------------------------------------------------------
 
-    @property
-    def wake_at_s(self) -> float | None:
-        """When (monotonic) something ends at the latest unless it changes, or None."""
-        if self.ended:
-            return None
-        ends_s: list[float] = []
-        if self._orphaned_at_s is not None:
-            ends_s.append(self._orphaned_at_s + self._orphan_grace_s)
-        if self.homeless and self._homeless_at_s is not None:
-            ends_s.append(self._homeless_at_s + self._failover_wait_s)
-        return min(ends_s, default=None)
-
     def on_time(self, now: Instant) -> list[Effect]:
         """Call a few times a second: orphans end, and who waits for a node asks again."""
         if self.ended:

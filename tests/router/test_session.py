@@ -429,8 +429,8 @@ def test_any_number_of_links_may_break_at_once() -> None:
         session.assign(place(f"n{number}"), NOW)  # whose link is the next to break
     assert not session.ended
     session.on_node_lost(session.node, NOW)
-    assert session.assign(None, NOW) == []
-    assert session.wake_at_s == 25.0
+    assert session.assign(None, later(14.9)) == []
+    assert types(session.assign(None, later(15.0)))[-1] == "response.failed"
 
 
 def test_as_long_as_ids_come_nodes_may_be_lost_without_end() -> None:
@@ -540,7 +540,6 @@ def test_an_unstored_response_is_cancelled_as_soon_as_its_reader_leaves() -> Non
 def test_a_stored_response_goes_on_without_a_reader_for_the_grace_only() -> None:
     session, _ = started()
     assert session.on_reader_left(NOW) == []
-    assert session.wake_at_s == 40.0
     assert session.on_time(Instant(39.9, 1039)) == []
     assert sent(session.on_time(Instant(40.0, 1040))) == [Cancel(STREAM, 1)]
 
@@ -549,7 +548,6 @@ def test_a_reader_that_comes_back_ends_the_grace() -> None:
     session, _ = started()
     session.on_reader_left(NOW)
     session.on_reader_joined()
-    assert session.wake_at_s is None
     assert session.on_time(Instant(99.0, 1099)) == []
 
 
@@ -557,7 +555,7 @@ def test_a_response_that_ended_without_a_reader_wakes_nobody() -> None:
     session, _ = started()
     session.on_reader_left(NOW)
     session.on_frame("a", done(1), NOW)
-    assert session.wake_at_s is None
+    assert session.on_time(later(99.0)) == []
 
 
 def test_usage_of_a_cut_answer_counts_what_was_read_and_said() -> None:
@@ -765,9 +763,11 @@ def test_a_response_has_readers_until_the_last_one_leaves(store: bool) -> None:
     session.on_reader_joined()
     assert session.on_reader_left(NOW) == []
     assert session.on_reader_left(NOW) == []
-    assert (session.wake_at_s, session.ended) == (None, False)
+    assert (session.on_time(later(99.0)), session.ended) == ([], False)
     session.on_reader_left(NOW)
-    assert (session.wake_at_s, session.ended) == ((40.0, False) if store else (None, True))
+    assert (session.on_time(later(29.9)), session.ended) == ([], not store)
+    session.on_time(later(30.0))
+    assert session.ended
 
 
 # -- going on with what was written -----------------------------------------------------------------
@@ -955,7 +955,6 @@ def test_the_wait_for_a_node_is_counted_from_the_loss_and_not_from_the_last_ques
     session.on_node_lost("a", NOW)
     for seconds in (0.0, 5.0, 10.0, 14.9):
         assert session.assign(None, later(seconds)) == []
-    assert session.wake_at_s == 25.0
     assert types(session.assign(None, later(15.0))) == ["response.failed"]
 
 
@@ -995,9 +994,9 @@ def test_a_response_that_was_taken_over_counts_its_readers_from_none() -> None:
     session, _ = resumed()
     session.on_reader_joined()
     session.on_reader_left(later(1.0))
-    assert session.wake_at_s == 25.0  # no node; the grace would end later
     session.assign(place("b"), later(1.0))
-    assert session.wake_at_s == 41.0
+    assert session.on_time(later(30.9)) == []
+    assert sent(session.on_time(later(31.0))) == [Cancel(STREAM, 1_000_001)]
 
 
 def test_a_clock_that_was_set_back_gives_no_more_time_than_there_was() -> None:
@@ -1026,4 +1025,4 @@ def test_the_wait_for_a_node_begins_when_there_was_one_since_the_router_started(
 def test_a_node_that_was_never_missed_is_not_waited_for() -> None:
     session, _ = started()
     session.on_nobody_yet(NOW)
-    assert session.wake_at_s is None
+    assert session.on_time(later(99.0)) == []

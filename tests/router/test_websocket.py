@@ -352,7 +352,7 @@ async def test_a_client_that_leaves_mid_answer_cancels_at_once_or_after_the_grac
     if store:
         running = router.context.sessions.find("acme", frame.stream)
         assert running is not None
-        await _until(lambda: running.session.wake_at_s is not None)
+        await _until(lambda: not running.readers)
         router.clock.mono_s += 29.0
         node.status()
         router.context.on_tick()
