@@ -37,7 +37,7 @@ class _Tried(NamedTuple):
 class Keeper:
     """Invariant: one batch of the journal is being written at a time.
 
-    on_refused: is called for each batch that the store did not take.
+    on_refused: is called for each batch that the store did not take whole.
     """
 
     def __init__(self, store: Store, on_refused: Callable[[], None]) -> None:
@@ -61,6 +61,8 @@ class Keeper:
         outcomes: list[Outcome] | None = None
         try:
             outcomes = await self._store.write(batch)
+            if "refused" in outcomes:
+                self._on_refused()
             self._worked()
         except StoreUnavailable as error:
             self._failed(error)

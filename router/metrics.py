@@ -23,7 +23,7 @@ class Metrics:
         self.crossed_variants = self._counter("crossed_variants", "Streams that went on with another variant")
         self.adopted = self._counter("adopted", "Responses taken over from another router or an earlier life")
         self.resumed = self._counter("resumed", "Readers that came back to a response")
-        self.store_failures = self._counter("store_failures", "Batches that the store did not take")
+        self.store_failures = self._counter("store_failures", "Batches that the store did not take whole")
         self.slow_readers = self._counter("slow_readers", "Connections closed because they read too slowly")
         self.stalled = self._counter("stalled_connections", "Connections closed because nothing was asked or taken")
         self.refusals = self._counter("refusals", "Requests refused, by code", ["code"])

@@ -62,6 +62,7 @@ def database(clock: FakeClock) -> FakeDatabase:
 async def test_what_is_put_is_written_and_its_outcome_told(database: FakeDatabase) -> None:
     router = Router(database, "a")
     assert await router.write(began(), said(0), said(2)) == ["kept", "kept", "refused"]
+    assert router.refused == 1
 
 
 async def test_a_store_that_fails_refuses_the_batch_and_says_so_once_in_the_log(
