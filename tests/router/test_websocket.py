@@ -468,6 +468,26 @@ async def test_an_answer_leaves_a_node_as_soon_as_that_does_not_vouch_for_its_en
     assert [event["delta"] for event in events if "delta" in event] == ["one", " two"]
 
 
+async def test_a_long_step_of_a_node_that_vouches_for_its_engine_moves_nothing(
+    router: FakeRouter, socket: ClientWebSocketResponse
+) -> None:
+    node = router.links.node("eu")
+    node.come_up()
+    await create(socket)
+    _, frame = await router.links.generates.get()
+    other = router.links.node("us", saying("one", " two"))
+    other.come_up()
+    for _ in range(60):
+        node.status()
+        other.status()
+        router.wait_s(0.25)
+    assert router.links.cancels.empty() and router.links.generates.empty()
+    for said in saying("one", " two")(frame):
+        node.say(said)
+    events = await until_end(socket)
+    assert [event["delta"] for event in events if "delta" in event] == ["one", " two"]
+
+
 async def test_an_answer_on_a_suspect_node_whose_link_breaks_waits_for_another(
     router: FakeRouter, socket: ClientWebSocketResponse
 ) -> None:
