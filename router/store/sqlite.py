@@ -50,8 +50,10 @@ MOST_UNCLAIMED = 256
 BUSY_S = 1.0
 """How long somebody else who has locked the file is waited for."""
 CLOSE_S = 5.0
-LOG_BYTES = 4 * 1024 * 1024
-"""The write-ahead log is moved into the file when it has grown by so much."""
+LOG_BYTES = 32 * 1024 * 1024
+"""The write-ahead log is moved into the file when it has grown by so much: the disk may take long to confirm that."""
+BEATS_PER_SCRUB = 30
+"""How long it may wait what only an end has left: the response that is kept has the same text."""
 
 SWEPT_BY_A_WRITE = 32
 SWEPT_BY_A_BEAT = 128
@@ -147,6 +149,8 @@ class SqliteStore:
         self._lock = FileLock(path)
         self._held = Held()
         self._scraps = False
+        self._leavings = False
+        self._beats = 0
         """Whether the files may hold what was forgotten since."""
         self._connection: sqlite3.Connection
         self._file: tuple[int, int] | None = None
@@ -373,8 +377,8 @@ class SqliteStore:
                 self._sweep(SWEPT_BY_A_WRITE)
         for entry, outcome in zip(entries, outcomes, strict=True):
             self._held.settle(entry, outcome)
-            if isinstance(entry, Ended | Dropped):
-                self._scraps = True
+            self._scraps = self._scraps or isinstance(entry, Dropped)
+            self._leavings = self._leavings or isinstance(entry, Ended)
         self._shorten_log()
         return outcomes
 
@@ -507,7 +511,8 @@ class SqliteStore:
     def _tidy(self) -> None:
         with self._transaction():
             self._sweep(SWEPT_BY_A_BEAT)
-        if self._scraps:
+        self._beats += 1
+        if self._scraps or (self._leavings and self._beats >= BEATS_PER_SCRUB):
             self._scrub()
 
     def _first_kept(self) -> float:
@@ -538,6 +543,8 @@ class SqliteStore:
         self._connection.execute("PRAGMA busy_timeout = 0")
         try:
             self._scraps = not self._is_scrubbed()
+            if not self._scraps:
+                self._leavings, self._beats = False, 0
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                 raise
