@@ -19,13 +19,23 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
-import msgspec
-
 from core.conversation import Item
 from core.errors import DeadlineExceeded, EdgechatError, NodeLost, NoNodeAvailable, PoisonedRequest
 from core.frames import Cancel, Delta, Done, Failed, Generate, Progress, Row, Started, Usage
 from core.stream import EndRecord, Event, Failure, RequestRecord, StreamLog, replay
 from router import terms
+from router.effects import (
+    Deliver,
+    Effect,
+    Finished,
+    NeedNode,
+    Place,
+    Reading,
+    Refused,
+    SendNode,
+    Serving,
+    Write,
+)
 from router.errors import Draining, ResponseMoved
 from router.journal import Began, Dropped, Ended, Entry, Outcome, Placed, Read, Said, StoredResponse, Unfinished
 from router.journal import store_failure as unwritable
@@ -47,74 +57,6 @@ class Instant(NamedTuple):
     unix_s: int
 
 
-# -- effects -----------------------------------------------------------------------------------
-
-
-class SendNode(msgspec.Struct, frozen=True):
-    """Send a frame over the link of `node`."""
-
-    node: str
-    frame: Generate | Cancel
-
-
-class Place(NamedTuple):
-    """A node that was chosen; variant: the recipe it would answer with."""
-
-    node: str
-    variant: str
-    context_tokens: int
-
-
-class NeedNode(msgspec.Struct, frozen=True):
-    """Choose a node that serves `release`, none of `exclude`; answer with `assign`.
-
-    variant: what the answer was begun with, preferred; "" = none yet. context_tokens: the least the node must hold.
-    """
-
-    release: str
-    exclude: frozenset[str]
-    variant: str = ""
-    context_tokens: int = 0
-
-
-class Write(msgspec.Struct, frozen=True):
-    """Have `entry` written down; answer with `on_written`, in the order of the writes."""
-
-    entry: Entry
-
-
-class Deliver(msgspec.Struct, frozen=True):
-    """Client events for every reader, in order."""
-
-    events: list[Event]
-
-
-class Serving(msgspec.Struct, frozen=True):
-    """From now on `node` answers (the `edgechat:node` extension)."""
-
-    node: str
-
-
-class Reading(msgspec.Struct, frozen=True):
-    """The node has read `computed` of `total` prompt tokens (the `edgechat:progress` extension)."""
-
-    computed: int
-    total: int
-
-
-class Finished(msgspec.Struct, frozen=True):
-    """The session is over, and so is the response."""
-
-    response: StoredResponse
-
-
-class Refused(msgspec.Struct, frozen=True):
-    """The session is over without an end of the response: it was not promised, or goes on elsewhere or later."""
-
-    failure: Failure
-
-
-Effect: TypeAlias = SendNode | NeedNode | Write | Deliver | Serving | Reading | Finished | Refused
 NodeFrame: TypeAlias = Started | Progress | Row | Done | Failed
 
 
@@ -547,7 +489,7 @@ class Session:
 
     def _finish(self, end: EndRecord, *, keep: bool = True) -> list[Effect]:
         if not self._promised:
-            # Cancelled before it was promised: only the clients of a router that shuts down still hear it.
+            # Cancelled before it was promised, and so before anybody knew its name: nobody is left to be told why.
             self.node = None
             return self._stop_here(end.error or _failure(Draining()))
         self.node, self.ended, self._end = None, True, end

@@ -18,27 +18,14 @@ from core.errors import EdgechatError, RequestError
 from core.frames import Cancel, Done, Drain, Failed, Generate, Progress, Row, Started, Status, Tokens
 from core.stream import Event, Failure, RequestRecord, StreamLog
 from router import terms
+from router.effects import Deliver, Effect, Finished, NeedNode, Place, Reading, Refused, SendNode, Serving, Write
 from router.errors import Draining
 from router.fleet import Fleet, Node
 from router.journal import Journal, Outcome, StoredResponse, Unfinished
 from router.link import LinkDown, LinkEvent, LinkFrame, LinkRtt, LinkUp
 from router.metrics import Metrics
 from router.policy import Choice, choose
-from router.session import (
-    Deliver,
-    Effect,
-    Finished,
-    Instant,
-    NeedNode,
-    NodeFrame,
-    Place,
-    Reading,
-    Refused,
-    SendNode,
-    Serving,
-    Session,
-    Write,
-)
+from router.session import Instant, NodeFrame, Session
 
 log = logging.getLogger(__name__)
 MISTAKE = "The router made a mistake; resume the response, or send the request again."

@@ -87,6 +87,7 @@ ROOMS = (
     pure("router.auth"),
     pure("router.backoff"),
     pure("router.config"),
+    pure("router.effects"),
     pure("router.errors"),
     pure("router.fleet"),
     pure("router.journal"),

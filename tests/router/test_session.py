@@ -12,24 +12,10 @@ from hypothesis import strategies as st
 
 from core.frames import Cancel, Done, Failed, Generate, Progress, Row, Sampling, Started, Timings, Usage
 from core.stream import EndRecord, Event, Failure, RequestRecord, replay
+from router.effects import Deliver, Effect, Finished, NeedNode, Place, Reading, Refused, SendNode, Serving, Write
 from router.errors import Draining
 from router.journal import Began, Dropped, Ended, Entry, Outcome, Placed, Read, Said, StoredResponse, Unfinished
-from router.session import (
-    MAX_FRUITLESS_LOSSES,
-    MAX_UNPROMISED_DISPATCHES,
-    Deliver,
-    Effect,
-    Finished,
-    Instant,
-    NeedNode,
-    Place,
-    Reading,
-    Refused,
-    SendNode,
-    Serving,
-    Session,
-    Write,
-)
+from router.session import MAX_FRUITLESS_LOSSES, MAX_UNPROMISED_DISPATCHES, Instant, Session
 from tests.router.fakes import RELEASE, record, words
 
 NOW = Instant(10.0, 1010)
