@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from core.errors import ConfigError
@@ -11,6 +13,7 @@ from router.store.redis import RedisStore
 from router.store.sqlite import SqliteStore
 
 DAY_S = 86_400.0
+BELIEVED_S = 3600.0
 
 
 async def open_store(settings: StoreSection, name: str, instance: str) -> Store:
@@ -19,10 +22,10 @@ async def open_store(settings: StoreSection, name: str, instance: str) -> Store:
     Raises ConfigError for what an operator must mend, StoreUnavailable for a file or a Redis that cannot be used.
     """
     keep_s = settings.keep_days * DAY_S
-    url = redis_url(settings)
+    url, wall = redis_url(settings), calendar()
     if url:
         return await RedisStore.open(
-            url, name, instance, prefix=settings.redis_prefix, keep_s=keep_s, max_bytes=settings.max_bytes
+            url, name, instance, prefix=settings.redis_prefix, keep_s=keep_s, max_bytes=settings.max_bytes, wall=wall
         )
     return await SqliteStore.open(
         Path(settings.path),
@@ -31,7 +34,20 @@ async def open_store(settings: StoreSection, name: str, instance: str) -> Store:
         keep_s=keep_s,
         max_bytes=settings.max_bytes,
         durability=settings.durability,
+        wall=wall,
     )
+
+
+def calendar(
+    wall: Callable[[], float] = time.time,
+    elapsed: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
+) -> Callable[[], float]:
+    """Unix seconds to forget by: the wall's, but never more than `BELIEVED_S` ahead of what has passed since now.
+
+    A clock that jumps to next year must not empty the store. elapsed: seconds since any moment, sleep included.
+    """
+    began = wall() - elapsed()
+    return lambda: min(wall(), began + elapsed() + BELIEVED_S)
 
 
 def redis_url(settings: StoreSection) -> str:

@@ -383,7 +383,7 @@ def streaming(*pieces: bytes, hang: bool = False) -> Handler:
         for piece in pieces:
             await response.write(piece)
         if hang:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()  # for ever, as far as the other side can tell
         return response
 
     return handler

@@ -5,6 +5,7 @@ A failing seed prints the command that runs it again; how to read its trace: tes
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
@@ -87,7 +88,7 @@ def test_whatever_happens_every_reader_hears_what_an_undisturbed_node_would_have
 
 
 def test_the_rarer_disasters_were_among_them(seen: Counter[str]) -> None:
-    if seen["blocks"] < BLOCKS:
+    if seen["blocks"] < BLOCKS and "CI" not in os.environ:
         pytest.skip("only some of the blocks were run")
     assert not rarer_than(RARE, seen)
 

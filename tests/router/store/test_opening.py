@@ -1,56 +1,33 @@
-"""Which store a configuration asks for."""
+"""The time by which responses are forgotten."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from core.errors import ConfigError
-from router.config import StoreSection
-from router.store.opening import open_store
-from router.store.redis import RedisStore
-from router.store.sqlite import SqliteStore
-from tests.router.store.conftest import RedisServer
-from tests.router.store.entries import ended
+from router.store.opening import BELIEVED_S, DAY_S, calendar
 
 
-async def test_without_a_redis_it_is_a_file(tmp_path: Path) -> None:
-    store = await open_store(StoreSection(path=str(tmp_path / "s.sqlite")), "a", "1")
-    assert isinstance(store, SqliteStore)
-    await store.close()
-    assert (tmp_path / "s.sqlite").exists()
+class Clocks:
+    def __init__(self) -> None:
+        self.wall_s = 1_700_000_000.0
+        self.elapsed_s = 50.0
+
+    def wait(self, seconds: float) -> None:
+        self.wall_s += seconds
+        self.elapsed_s += seconds
 
 
-async def test_a_redis_may_be_named_in_a_file_of_its_own(tmp_path: Path, redis: RedisServer) -> None:
-    (tmp_path / "redis-url").write_text(redis.url + "\n")
-    settings = StoreSection(redis_file=str(tmp_path / "redis-url"), redis_prefix="p", path=str(tmp_path / "s.sqlite"))
-    store = await open_store(settings, "a", "1")
-    assert isinstance(store, RedisStore)
-    await store.write([ended(created_at=2**40)])
-    await store.close()
-    with redis.client() as other:
-        assert other.exists("p:done:4:acme:resp_r_1")
-    assert not (tmp_path / "s.sqlite").exists()
+def test_a_clock_that_jumps_ahead_ages_nothing() -> None:
+    clocks = Clocks()
+    now = calendar(lambda: clocks.wall_s, lambda: clocks.elapsed_s)
+    clocks.wait(40 * DAY_S)
+    assert now() == clocks.wall_s
+    right_s = clocks.wall_s
+    clocks.wall_s += 365 * DAY_S
+    assert now() == right_s + BELIEVED_S
 
 
-async def test_responses_are_kept_as_many_days_as_configured(tmp_path: Path) -> None:
-    for days, stays in ((0, True), (30, False)):
-        path = str(tmp_path / f"{days}.sqlite")
-        store = await open_store(StoreSection(path=path, keep_days=days), "a", "1")
-        await store.write([ended()])
-        assert (await store.get("acme", "resp_r_1") is not None) == stays
-        await store.close()
-
-
-@pytest.mark.parametrize("text", ["", "localhost:6379", "http://:hush@h:1", None])
-async def test_a_file_without_an_address_is_named_and_what_it_says_is_not_repeated(
-    tmp_path: Path, text: str | None
-) -> None:
-    path = tmp_path / "redis-url"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ConfigError, match=r"store\.redis_file") as refused:
-        await open_store(StoreSection(redis_file=str(path)), "a", "1")
-    assert str(path) in refused.value.message
-    assert "hush" not in refused.value.message
+def test_a_clock_that_is_set_right_by_a_little_or_back_is_believed() -> None:
+    clocks = Clocks()
+    now = calendar(lambda: clocks.wall_s, lambda: clocks.elapsed_s)
+    for seconds in (BELIEVED_S / 2, -BELIEVED_S, -40 * DAY_S):
+        clocks.wall_s += seconds
+        assert now() == clocks.wall_s
